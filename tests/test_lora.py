@@ -1,0 +1,222 @@
+"""The layer against a float64 loop over rows that follows the paper's formula literally."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from vl_mtl_lora import AdapterConfig, MTLLoRALinear, TaskRouter, UserError, inject
+
+TASKS = ["a", "b", "c"]
+
+
+def make_layer(splits=1, dtype=torch.float64, **options):
+    torch.manual_seed(3)
+    router = TaskRouter(TASKS)
+    base = nn.Linear(10, 12, dtype=dtype)
+    base.requires_grad_(False)
+    options = {"rank": 4, "alpha": 6.0, "num_tasks": 3, "num_up": 2, "temperature": 0.3, **options}
+    layer = MTLLoRALinear(base, router, tower="image", splits=splits, **options)
+    with torch.no_grad():
+        for p in (layer.down, layer.transform, layer.up, layer.mix):
+            p.add_(torch.randn_like(p) * 0.5)
+    return layer, router
+
+
+def reference(layer, x, ids, alpha=6.0, tau=0.3):
+    """h = W x + alpha / r sum_i softmax(w_t / tau)_i B_i Lambda_t A x, row by row, slice by slice."""
+    rank = layer.down.shape[1]
+    rows = []
+    for row, task in zip(x, ids.tolist()):
+        out = row @ layer.base.weight.T + layer.base.bias
+        parts = []
+        for s in range(layer.down.shape[0]):
+            exp = (layer.mix[s, task] / tau).exp()
+            p = exp / exp.sum()
+            matrix = layer.transform[s, task]
+            matrix = torch.diag(matrix) if matrix.dim() == 1 else matrix
+            total = 0
+            for i in range(layer.up.shape[1]):
+                total = total + p[i] * (row @ layer.down[s].T @ matrix.T @ layer.up[s, i])
+            parts.append(total * alpha / rank)
+        rows.append(out + torch.cat(parts, dim=-1))
+    return torch.stack(rows)
+
+
+IDS = {"sorted": [0, 0, 1, 2, 2], "grouped, not ascending": [2, 2, 0, 1, 1], "mixed": [0, 2, 0, 1, 2],
+       "one absent": [1, 1, 2, 2, 2]}
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("transform", ["full", "diagonal"])
+@pytest.mark.parametrize("shape", [(5, 10), (5, 4, 10), (5, 2, 3, 10)])
+def test_forward_and_gradients_equal_the_formula(ids, splits, transform, shape):
+    layer, router = make_layer(splits, transform=transform)
+    ids = torch.tensor(ids)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(*shape[:-1], 12, dtype=torch.float64)
+    wanted = [x, layer.down, layer.transform, layer.up, layer.mix]
+    with router.use(ids):
+        got = layer(x)
+    expected = reference(layer, x, ids)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    for mine, theirs in zip(torch.autograd.grad((got * weight).sum(), wanted),
+                            torch.autograd.grad((expected * weight).sum(), wanted)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_gradcheck_of_every_path():
+    layer, router = make_layer(3)
+    x = torch.randn(4, 2, 10, dtype=torch.float64, requires_grad=True)
+    for target in (torch.tensor([0, 0, 1, 2]), torch.tensor([1, 0, 1, 0]), "b"):
+        with router.use(target):
+            assert torch.autograd.gradcheck(layer, (x,))
+
+
+def test_float32_and_noncontiguous_input():
+    layer, router = make_layer(3)
+    small = copy.deepcopy(layer).float()
+    x = torch.randn(3, 10, 4, dtype=torch.float64).transpose(1, 2)
+    with router.use(torch.tensor([2, 0, 2])), small.router.use(torch.tensor([2, 0, 2])):
+        torch.testing.assert_close(small(x.float()).double(), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_autocast_is_near_float32():
+    layer, router = make_layer(3, dtype=torch.float32)
+    x = torch.randn(6, 4, 10, requires_grad=True)
+    with router.use(torch.tensor([0, 1, 2, 0, 1, 2])):
+        full = layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = layer(x)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.1)
+    (grad,) = torch.autograd.grad(half.float().sum(), layer.up)
+    (exact,) = torch.autograd.grad(full.sum(), layer.up)
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(grad, exact, rtol=0.05, atol=0.2)
+
+
+def test_fresh_layer_equals_the_frozen_one_exactly():
+    base = nn.Linear(10, 12)
+    router = TaskRouter(TASKS)
+    layer = MTLLoRALinear(base, router, tower="text", rank=4, alpha=8, num_tasks=3, splits=3)
+    x = torch.randn(5, 10)
+    with router.use(torch.tensor([0, 1, 2, 1, 0])):
+        assert torch.equal(layer(x), base(x))
+    assert torch.equal(layer.transform[0, 1], torch.eye(4))
+
+
+def test_dropout_acts_before_down_and_only_in_training():
+    layer, router = make_layer(dropout=0.5)
+    x = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([0, 1, 2])
+    with router.use(ids):
+        torch.testing.assert_close(layer.eval()(x), reference(layer, x, ids))
+        torch.manual_seed(5)
+        got = layer.train()(x)
+        torch.manual_seed(5)
+        low = layer.dropout(x)
+    # The update reads the dropped input, the frozen product the whole one.
+    zero = nn.Linear(10, 12, dtype=torch.float64)
+    nn.init.zeros_(zero.weight)
+    nn.init.zeros_(zero.bias)
+    update, frozen = copy.copy(layer), layer.base(x)
+    update._modules = {**layer._modules, "base": zero}
+    expected = frozen + reference(update, low, ids)
+    torch.testing.assert_close(got, expected)
+    (grad,) = torch.autograd.grad(got.sum(), x)
+    (wanted,) = torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(grad, wanted)
+
+
+def test_loss_of_one_task_leaves_the_others_parameters_alone():
+    layer, router = make_layer(3)
+    x = torch.randn(4, 10, dtype=torch.float64)
+    with router.use(torch.tensor([0, 1, 0, 2])):
+        loss = layer(x)[[0, 2]].square().sum()
+    transform, mix = torch.autograd.grad(loss, [layer.transform, layer.mix])
+    assert not transform[:, 1:].any() and not mix[:, 1:].any()
+    assert transform[:, 0].any() and mix[:, 0].any()
+
+
+def test_a_permutation_of_rows_commutes():
+    layer, router = make_layer(3)
+    x, ids = torch.randn(6, 3, 10, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 2, 2])
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    with router.use(ids):
+        straight = layer(x)
+    with router.use(ids[order]):
+        torch.testing.assert_close(layer(x[order]), straight[order])
+
+
+def test_mixed_batch_equals_the_tasks_run_alone():
+    layer, router = make_layer()
+    x, ids = torch.randn(5, 10, dtype=torch.float64), torch.tensor([2, 0, 1, 0, 2])
+    with router.use(ids):
+        mixed = layer(x)
+    for task, name in enumerate(TASKS):
+        with router.use(name):
+            torch.testing.assert_close(layer(x[ids == task]), mixed[ids == task])
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_fold_and_merge_are_exact(splits):
+    layer, router = make_layer(splits)
+    x = torch.randn(4, 10, dtype=torch.float64)
+    for task, name in enumerate(TASKS):
+        down, up = layer.fold(task)
+        delta = torch.cat([x @ down[s].T @ up[s] for s in range(splits)], dim=-1)
+        with router.use(name):
+            torch.testing.assert_close(layer(x), layer.base(x) + delta)
+            torch.testing.assert_close(layer(x), layer.merged(task)(x))
+
+
+def test_no_route_and_wrong_row_count_raise():
+    layer, router = make_layer()
+    layer.name = "image.0.mlp.in"
+    x = torch.randn(4, 10, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="no route is set for the image tower"):
+        layer(x)
+    with router.use(torch.tensor([0, 1, 2])), pytest.raises(RuntimeError, match=r"image\.0\.mlp\.in.*4 rows.*3 ids"):
+        layer(x)
+
+
+@pytest.mark.parametrize("bad", [{"rank": 0}, {"temperature": 0.0}, {"dropout": 1.0}, {"transform": "fulll"},
+                                 {"splits": 5}, {"num_up": 0}])
+def test_impossible_values_are_refused(bad):
+    with pytest.raises(UserError):
+        make_layer(**bad)
+
+
+def test_double_backward_is_refused():
+    layer, router = make_layer()
+    x = torch.randn(2, 10, dtype=torch.float64, requires_grad=True)
+    with router.use("a"):
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("targets,modules", [
+    (["*"], {"image": 9, "text": 8}), (["image.attn.*"], {"image": 4, "text": 0}),
+    (["text.1.mlp.in", "projector"], {"image": 1, "text": 1}), (["attn.qkv"], {"image": 2, "text": 2}),
+    (["image.0-1.mlp.*"], {"image": 4, "text": 0})])
+def test_targets_are_anchored_to_towers_blocks_and_roles(tiny_backbone, targets, modules):
+    summary = inject(tiny_backbone(), AdapterConfig(targets=targets), TaskRouter(TASKS))
+    assert summary.modules == modules
+    trainable = sum(p.numel() for layer in summary.layers.values() for p in layer.parameters() if p.requires_grad)
+    assert summary.total == trainable
+
+
+def test_a_target_that_matches_nothing_is_an_error(tiny_backbone):
+    with pytest.raises(UserError, match="'image.attn.qvk' matches nothing.*did you mean image.attn.qkv"):
+        inject(tiny_backbone(), AdapterConfig(targets=["image.attn.qvk"]), TaskRouter(TASKS))
+
+
+def test_inject_twice_is_an_error(tiny_backbone):
+    backbone = tiny_backbone()
+    inject(backbone, AdapterConfig(), TaskRouter(TASKS))
+    with pytest.raises(UserError, match="already has adapters"):
+        inject(backbone, AdapterConfig(), TaskRouter(TASKS))

@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from vl_mtl_lora import TaskRouter, UserError
+
+
+def route_of(router, tower="image"):
+    route = router.route(tower)
+    return None if route is None else route.task if route.ids is None else route.ids.tolist()
+
+
+def test_routes_nest_and_are_restored_after_an_error():
+    router = TaskRouter(["a", "b"])
+    with router.use("a"):
+        with router.use(torch.tensor([0, 1])):
+            assert route_of(router) == [0, 1]
+            with router.off():
+                assert route_of(router) is None
+            assert route_of(router) == [0, 1]
+        with pytest.raises(ZeroDivisionError), router.use("b"):
+            1 / 0  # noqa: B018
+        assert route_of(router) == 0
+    with pytest.raises(RuntimeError, match="no route"):
+        router.route("image")
+
+
+def test_towers_take_routes_of_their_own_and_keep_the_others():
+    router = TaskRouter(["a", "b"])
+    with router.use(image=torch.tensor([0, 1]), text=torch.tensor([1])):
+        assert (route_of(router), route_of(router, "text")) == ([0, 1], [1])
+        with router.use(text="a"):
+            assert (route_of(router), route_of(router, "text")) == ([0, 1], 0)
+        with router.use("b"):
+            assert (route_of(router), route_of(router, "text")) == (1, 1)
+    with router.use(image="a"), pytest.raises(RuntimeError, match="text tower"):
+        router.route("text")
+
+
+def test_repeat_follows_the_order_of_beams():
+    router = TaskRouter(["a", "b"])
+    with router.use(torch.tensor([0, 1])), router.repeat("text", 3):
+        assert route_of(router, "text") == [0, 0, 0, 1, 1, 1]
+        assert route_of(router, "image") == [0, 1]
+    with router.use("b"), router.repeat("text", 3):
+        assert route_of(router, "text") == 1
+
+
+def test_runs_are_found_only_where_tasks_lie_together():
+    router = TaskRouter(["a", "b", "c"])
+    with router.use(torch.tensor([2, 2, 0])):
+        assert router.route("image").runs == ((2, 0, 2), (0, 2, 3))
+    with router.use(torch.tensor([2, 0, 2])):
+        assert router.route("image").runs is None
+
+
+@pytest.mark.parametrize("bad", [torch.tensor([0, 2]), torch.tensor([-1]), torch.tensor([0.0]),
+                                 torch.zeros(2, 2).long(), "c", 3, torch.tensor([True])])
+def test_bad_targets_are_refused(bad):
+    with pytest.raises(UserError):
+        TaskRouter(["a", "b"]).use(bad)
+
+
+def test_use_takes_one_way_of_naming_towers():
+    router = TaskRouter(["a"])
+    with pytest.raises(UserError):
+        router.use()
+    with pytest.raises(UserError):
+        router.use("a", text="a")
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"]])
+def test_task_names_must_be_distinct(names):
+    with pytest.raises(UserError):
+        TaskRouter(names)

@@ -1,0 +1,141 @@
+"""Which task each row of a batch belongs to: one `TaskRouter`, shared by reference with every adapted layer."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vl_mtl_lora.errors import UserError
+
+
+@dataclass(frozen=True)
+class Route:
+    """The tasks of the rows (dim 0) that a layer is about to see.
+
+    ids:  (B,) task ids on the CPU; None where every row, however many, is of task `task`.
+    runs: the same as (task id, first row, row after the last) where each task's rows lie side by side, else None.
+    """
+
+    ids: Tensor | None = None
+    runs: tuple[tuple[int, int, int], ...] | None = None
+    task: int | None = None
+    _on_device: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @staticmethod
+    def of_task(task: int) -> "Route":
+        return Route(task=task)
+
+    @staticmethod
+    def of_rows(ids: Tensor) -> "Route":
+        """ids (B,), any order. Known on the host, so that no layer has to ask the device."""
+        ids = ids.detach().to("cpu", torch.int64)
+        values, counts = torch.unique_consecutive(ids, return_counts=True)
+        values, counts = values.tolist(), counts.tolist()
+        runs = None
+        if len(values) == len(set(values)):
+            stops = torch.tensor(counts).cumsum(0).tolist()
+            runs = tuple((task, stop - count, stop) for task, count, stop in zip(values, counts, stops))
+        return Route(ids=ids, runs=runs)
+
+    @property
+    def num_rows(self) -> int | None:
+        return None if self.ids is None else len(self.ids)
+
+    def ids_on(self, device: torch.device) -> Tensor:
+        """(B,) ids on a device, copied there once per route."""
+        if device not in self._on_device:
+            self._on_device[device] = self.ids.to(device, non_blocking=True)
+        return self._on_device[device]
+
+
+class TaskRouter:
+    """Holds the current route of each tower. `use` and `off` are context managers and nest.
+
+    The state is a plain attribute: autograd's device threads, which run checkpointed blocks again, see it too.
+
+        router = TaskRouter(["retrieval", "vqa"])
+        with router.use(torch.tensor([0, 0, 1])): ...          # three rows, all towers
+        with router.use(image=image_ids, text=text_ids): ...   # towers with different rows
+        with router.use("vqa"): ...                            # any number of rows, all of one task
+        with router.off(): ...                                 # the frozen base
+    """
+
+    def __init__(self, task_names: Sequence[str]):
+        self.task_names = tuple(task_names)
+        if not self.task_names or len(set(self.task_names)) != len(self.task_names):
+            raise UserError(f"task names must be distinct and at least one, got {list(task_names)}")
+        # Tower -> route; "*" stands for the towers not named; None means off.
+        self._state: dict[str, Route | None] = {}
+
+    def index(self, task: str) -> int:
+        """The id of a task. Raises UserError for an unknown name."""
+        if task not in self.task_names:
+            raise UserError(f"unknown task {task!r}", near=(task, self.task_names))
+        return self.task_names.index(task)
+
+    def ids(self, tasks: Sequence[str]) -> Tensor:
+        """Task names of rows -> (B,) ids."""
+        return torch.tensor([self.index(task) for task in tasks], dtype=torch.int64)
+
+    def use(self, target: "Tensor | str | None" = None, /, **towers: "Tensor | str") -> AbstractContextManager:
+        """Routes rows to tasks: `target` for all towers, or one target per tower (the others keep theirs).
+
+        A target is a (B,) integer tensor of task ids, a task's name, or a `Route`.
+
+        Raises:
+            UserError: an unknown task, or ids of the wrong type, shape or range.
+        """
+        if (target is None) == (not towers):
+            raise UserError("router.use takes one target for all towers, or one per tower by name")
+        if target is not None:
+            return self._set({"*": self._route(target)})
+        return self._set({**self._state, **{tower: self._route(t) for tower, t in towers.items()}})
+
+    def off(self) -> AbstractContextManager:
+        """Adapters off: every layer computes its frozen base."""
+        return self._set({"*": None})
+
+    def route(self, tower: str) -> Route | None:
+        """The current route of a tower; None means off. Raises RuntimeError where no route is set."""
+        if tower in self._state:
+            return self._state[tower]
+        if "*" in self._state:
+            return self._state["*"]
+        raise RuntimeError(f"no route is set for the {tower} tower: run the model under router.use(...) or "
+                           "router.off()")
+
+    def repeat(self, tower: str, times: int) -> AbstractContextManager:
+        """Rows of a tower repeated in the order a a b b, as beam search repeats them; any other route stays."""
+        route = self._state.get(tower, self._state.get("*"))
+        if route is None or route.ids is None or times == 1:
+            return nullcontext(self)
+        return self.use(**{tower: Route.of_rows(route.ids.repeat_interleave(times))})
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """`context_fn` of torch.utils.checkpoint: a block run again in the backward pass sees its first route."""
+        return nullcontext(), self._set(dict(self._state))
+
+    def _route(self, target) -> Route:
+        if isinstance(target, Route):
+            return target
+        if isinstance(target, str):
+            return Route.of_task(self.index(target))
+        if not isinstance(target, Tensor) or target.dim() != 1 or target.dtype.is_floating_point \
+                or target.dtype == torch.bool:
+            got = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+            raise UserError(f"task ids must be a (B,) tensor of integers or a task's name, got {got}")
+        route = Route.of_rows(target)
+        if len(route.ids) and not 0 <= int(route.ids.min()) <= int(route.ids.max()) < len(self.task_names):
+            raise UserError(f"task ids must lie in 0..{len(self.task_names) - 1} ({', '.join(self.task_names)}), "
+                            f"got {sorted(set(route.ids.tolist()))}")
+        return route
+
+    @contextmanager
+    def _set(self, state: dict[str, Route | None]) -> Iterator["TaskRouter"]:
+        before, self._state = self._state, state
+        try:
+            yield self
+        finally:
+            self._state = before
