@@ -1,0 +1,1 @@
+"""Samples in webdataset shards: writing, reading, mixing."""

@@ -1,0 +1,221 @@
+"""One task's samples out of shard files, images not decoded; whatever cannot be used is counted and told.
+
+Only members with an extension on a short list are ever read: nothing in a shard is unpickled or run.
+"""
+
+import glob
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import braceexpand
+import webdataset as wds
+
+from vl_mtl_lora.config import TaskSection
+from vl_mtl_lora.data.shards import IMAGE_EXTENSIONS, BadSample, Sample, check_fields
+from vl_mtl_lora.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_EXTENSIONS = (*IMAGE_EXTENSIONS, "json", "txt")  # nothing else in a shard is ever opened
+_EARLY = 1000  # samples after which a share of faults can be judged before a pass is over
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one task's samples come from: its tag and kind, shard files, and their format (see `_fields`)."""
+
+    task: str
+    kind: str
+    urls: tuple[str, ...]
+    format: str = "tagged"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One sample that could not be used."""
+
+    task: str = field(compare=False)  # whose stream met it; a mixed shard is read by several
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key or '(whole shard)'}: {self.reason}"
+
+
+class FaultLog:
+    """Counts faults against samples, tells each once, and ends the run past the allowed share.
+
+    max_share: the share of a task's samples that may be broken.
+    """
+
+    def __init__(self, max_share: float = 0.01):
+        self.max_share = max_share
+        self.faults: dict[Fault, None] = {}  # in the order met, each once
+        self.seen: Counter[str] = Counter()
+        self._met: Counter[str] = Counter()
+
+    def add(self, task: str, seen: int, faults: Sequence[Fault], final: bool = False) -> None:
+        """Takes in `seen` samples (broken ones included). `final`: all of the task's samples were seen.
+
+        Raises:
+            UserError: more than the allowed share is broken.
+        """
+        self.seen[task] += seen
+        for fault in faults:
+            self._met[task] += 1
+            if fault not in self.faults:
+                self.faults[fault] = None
+                log.warning("skipped a sample of %s: %s", task, fault)
+        judged = final or self.seen[task] >= _EARLY
+        if judged and self._met[task] > self.max_share * self.seen[task]:
+            listed = "\n  ".join(map(str, list(self.faults)[:10]))
+            listed += f"\n  and {len(self.faults) - 10} more" if len(self.faults) > 10 else ""
+            raise UserError(f"{self._met[task]} of {self.seen[task]} samples of {task} cannot be used, more than the "
+                            f"share data.max_fault_share = {self.max_share:g} allows:\n  {listed}")
+
+    def report(self) -> list[dict]:
+        """The faults as plain data, for a file."""
+        return [fault.__dict__ for fault in self.faults]
+
+
+def expand_urls(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Paths, globs and brace ranges ("shard-{000000..000009}.tar") -> existing files, in order.
+
+    Raises:
+        UserError: a pattern that matches no file, or a shell pipe.
+    """
+    urls: list[str] = []
+    for pattern in patterns:
+        if pattern.startswith("pipe:"):
+            raise UserError(f"{pattern!r}: shards from shell commands are refused")
+        for path in braceexpand.braceexpand(pattern):
+            found = sorted(glob.glob(path)) if glob.has_magic(path) else [path] if Path(path).is_file() else []
+            if not found:
+                raise UserError(f"no shard matches {path!r}")
+            urls += found
+    return tuple(dict.fromkeys(urls))
+
+
+def build_source(name: str, section: TaskSection, split: str) -> Source:
+    """The source of one task's split ("train", "valid" or "test") by its section of the config.
+
+    Raises:
+        UserError: a pattern that matches no file.
+    """
+    try:
+        return Source(name, section.kind, expand_urls(getattr(section, split)), section.format)
+    except UserError as error:
+        raise UserError(f"tasks.{name}.{split}: {error}") from error
+
+
+def read_samples(source: Source, known_tasks: Sequence[str], on_fault: Callable[[Fault], None],
+                 urls: Sequence[str] | None = None) -> Iterator[Sample]:
+    """One task's samples in the order of the shards, images not decoded.
+
+    Samples of other known tasks are passed over; a broken one is given to `on_fault` and skipped. Where a manifest
+    lies beside a shard and says that the task is not in it, the shard is not opened.
+    """
+    for url in urls if urls is not None else source.urls:
+        if not _may_hold(url, source, known_tasks):
+            continue
+        yield from _read_shard(url, source, known_tasks, on_fault)
+
+
+def _read_shard(url, source, known_tasks, on_fault):
+    problems: list[Exception] = []
+
+    def stop(error: Exception) -> bool:  # webdataset asks: go on? After damage in a tar nothing can be found again.
+        problems.append(error)
+        return False
+
+    def broken(key: str, reason: str) -> None:
+        on_fault(Fault(source.task, url, key, reason))
+
+    members = wds.tariterators.url_opener([{"url": url}], handler=stop)
+    members = wds.tariterators.tar_file_expander(members, handler=stop, select_files=_wanted, eof_value=None)
+    # No duplicate can be told apart from its twin: the key is reported, the first stays.
+    try:
+        for record in _grouped(members, broken):
+            try:
+                fields = _fields(record, source)
+                if fields["task"] != source.task:
+                    if fields["task"] not in known_tasks:
+                        raise BadSample(f"unknown task {fields['task']!r}; known are {', '.join(known_tasks)}")
+                    continue
+                check_fields(fields, source.kind)
+                image = next((record[e] for e in IMAGE_EXTENSIONS if e in record), None)
+                if image is None:
+                    raise BadSample("no image: expected a member ." + ", .".join(IMAGE_EXTENSIONS))
+            except BadSample as problem:
+                broken(record["__key__"], str(problem))
+                continue
+            yield Sample(fields, image, record["__key__"], url)
+    except Exception as error:  # tarfile and the file system raise many types
+        problems.append(error)
+    for error in problems:
+        broken("", f"the shard cannot be read on: {type(error).__name__}: {error}")
+
+
+def _grouped(members, broken) -> Iterator[dict]:
+    """Consecutive tar members of one key -> one record {extension: bytes, "__key__": key}."""
+    record: dict = {}
+    for member in members:
+        key, _, extension = member["fname"].rpartition("/")[2].partition(".")
+        folder = member["fname"].rpartition("/")[0]
+        key = f"{folder}/{key}" if folder else key
+        if record.get("__key__") != key:
+            if record:
+                yield record
+            record = {"__key__": key}
+        extension = extension.lower()
+        if extension in record:
+            broken(key, f"member .{extension} occurs twice")
+        else:
+            record[extension] = member["data"]
+    if record:
+        yield record
+
+
+def _wanted(name: str) -> bool:
+    return name.rpartition("/")[2].partition(".")[2].lower() in _EXTENSIONS
+
+
+def _fields(record: dict, source: Source) -> dict:
+    """The sample's JSON object. Raises BadSample where there is none.
+
+    Formats: "tagged" is this package's schema. "img2dataset" (.txt one caption) and "clip_benchmark" (.txt one caption
+    a line) carry no tag: the config names the task, and the key is the image's id.
+    """
+    if source.format == "tagged":
+        if "json" not in record:
+            raise BadSample("no member .json")
+        try:
+            fields = json.loads(record["json"])
+        except (ValueError, RecursionError) as error:
+            raise BadSample(f"member .json is not JSON: {error}") from error
+        check_fields(fields, None)
+        return fields
+    try:
+        text = record["txt"].decode("utf-8")
+    except (KeyError, UnicodeDecodeError) as error:
+        raise BadSample("no member .txt in UTF-8") from error
+    captions = [text] if source.format == "img2dataset" else text.splitlines()
+    return {"task": source.task, "image_id": record["__key__"], "captions": [c.strip() for c in captions if c.strip()]}
+
+
+def _may_hold(url: str, source: Source, known_tasks: Sequence[str]) -> bool:
+    """False where the manifest that `write_shards` left beside the shard lists other known tasks only."""
+    path = Path(url)
+    manifest = path.with_name(path.name.rpartition("-")[0] + ".manifest.json")
+    if source.format != "tagged" or not manifest.is_file():
+        return True
+    try:
+        tags = {shard["file"]: set(shard["tasks"]) for shard in json.loads(manifest.read_text())["shards"]}[path.name]
+    except (ValueError, KeyError, TypeError):
+        return True
+    return source.task in tags or not tags <= set(known_tasks)  # an unknown tag is to be met and reported

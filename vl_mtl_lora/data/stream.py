@@ -1,0 +1,231 @@
+"""Reading shards: one endless, seeded stream per task, mixed into batches of fixed quotas, decoded and collated.
+
+The order of batches is a function of the seed alone. Every loader process walks the same raw stream and decodes only
+the batches that are its own, so the number of processes changes nothing, and resuming skips without decoding.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from vl_mtl_lora.data.reader import Fault, FaultLog, Source, read_samples
+from vl_mtl_lora.data.shards import BadSample, Sample, decode_image
+from vl_mtl_lora.errors import UserError
+
+
+class TaskStream:
+    """A task's endless stream: passes over its shards in seeded order, through a seeded shuffle buffer."""
+
+    def __init__(self, source: Source, known_tasks: Sequence[str], *, seed: int, shuffle: int, faults: FaultLog):
+        self.source, self.known_tasks, self.faults = source, known_tasks, faults
+        self.seed, self.shuffle = seed, shuffle
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        while True:
+            rng = random.Random(f"{self.seed}/{self.source.task}/{self.epoch}")
+            yield from self._shuffled(self._one_pass(rng), rng)
+            self.epoch += 1
+
+    def _one_pass(self, rng: random.Random) -> Iterator[Sample]:
+        urls = list(self.source.urls)
+        rng.shuffle(urls)
+        name, met, good = self.source.task, [], 0
+        for sample in read_samples(self.source, self.known_tasks, met.append, urls):
+            good += 1
+            self.faults.add(name, 1 + len(met), met)
+            met.clear()
+            yield sample
+        self.faults.add(name, len(met), met, final=True)
+        if not good:
+            raise UserError(f"no sample of task {name!r} in {', '.join(self.source.urls[:3])}"
+                            + (" ..." if len(self.source.urls) > 3 else ""))
+
+    def _shuffled(self, samples: Iterator[Sample], rng: random.Random) -> Iterator[Sample]:
+        buffer: list[Sample] = []
+        for sample in samples:
+            buffer.append(sample)
+            if len(buffer) >= self.shuffle:
+                i = rng.randrange(len(buffer))
+                buffer[i], buffer[-1] = buffer[-1], buffer[i]
+                yield buffer.pop()
+        rng.shuffle(buffer)
+        yield from buffer
+
+
+@dataclass
+class Batch:
+    """Rows sorted by task, in the router's order; a task is the slice `slices[name]`.
+
+    images: (B, 3, H, W). ids: (B,) task ids, on the CPU. inputs: each task's own collated tensors.
+    """
+
+    images: Tensor
+    ids: Tensor
+    slices: dict[str, slice]
+    inputs: dict[str, dict[str, Tensor]]
+    keys: list[str]
+    index: int = 0
+    faults: list[Fault] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Everything but the ids, which stay on the host."""
+        move = {"device": device, "non_blocking": True}
+        inputs = {task: {k: v.to(**move) for k, v in parts.items()} for task, parts in self.inputs.items()}
+        return replace(self, images=self.images.to(**move), inputs=inputs)
+
+
+@dataclass(frozen=True)
+class Quota:
+    """One task's part of a batch: how many rows, from where, and how its samples become tensors.
+
+    transform: PIL image -> (3, H, W). collate: (samples, rng) -> tensors of the task.
+    """
+
+    source: Source
+    rows: int
+    transform: Callable[[Image.Image], Tensor]
+    collate: Callable[[list[Sample], random.Random], dict[str, Tensor]]
+
+
+class BatchStream(IterableDataset):
+    """Endless mixed batches, starting with batch number `start`. The quotas' order gives the task ids.
+
+    known_tasks: tags besides the quotas' own that may occur in the shards and are passed over.
+    """
+
+    def __init__(self, quotas: Sequence[Quota], *, known_tasks: Sequence[str] = (), seed: int = 0,
+                 shuffle: int = 2000, max_fault_share: float = 0.01, start: int = 0):
+        self.quotas, self.seed, self.shuffle = list(quotas), seed, shuffle
+        self.known_tasks = [*(q.source.task for q in self.quotas), *known_tasks]
+        self.max_fault_share, self.start = max_fault_share, start
+
+    def __iter__(self) -> "Iterator[Batch | UserError]":
+        """Batches; a UserError ends them, as an item, so that it reaches the main process as it is."""
+        try:
+            yield from self._batches()
+        except UserError as error:
+            yield error
+
+    def _batches(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        faults = FaultLog(self.max_fault_share)
+        streams = [iter(TaskStream(q.source, self.known_tasks, seed=self.seed, shuffle=self.shuffle, faults=faults))
+                   for q in self.quotas]
+        told = 0
+        index = 0
+        while True:
+            samples = [[next(stream) for _ in range(q.rows)] for q, stream in zip(self.quotas, streams)]
+            if index >= self.start and (index - self.start) % workers == worker:
+                batch = self._decode(samples, index, faults)
+                batch.faults = list(faults.faults)[told:]
+                told = len(faults.faults)
+                yield batch
+            index += 1
+
+    def _decode(self, samples: list[list[Sample]], index: int, faults: FaultLog) -> Batch:
+        images, ids, slices, inputs, keys = [], [], {}, {}, []
+        rng = random.Random(f"{self.seed}/batch/{index}")
+        with torch.random.fork_rng(devices=[]):  # augmentation draws from torch: pin it to the batch's number
+            torch.manual_seed(rng.getrandbits(48))
+            for task_id, (quota, rows) in enumerate(zip(self.quotas, samples)):
+                pixels, rows = _decode_rows(quota, rows, faults)
+                slices[quota.source.task] = slice(len(images), len(images) + len(rows))
+                images += pixels
+                ids += [task_id] * len(rows)
+                keys += [sample.key for sample in rows]
+                inputs[quota.source.task] = quota.collate(rows, rng)
+        return Batch(torch.stack(images), torch.tensor(ids), slices, inputs, keys, index)
+
+
+def _decode_rows(quota: Quota, samples: list[Sample], faults: FaultLog) -> tuple[list[Tensor], list[Sample]]:
+    """Decoded rows. A picture that cannot be decoded is replaced by another of the slice: quotas stay as they are."""
+    good, broken = [], []
+    for sample in samples:
+        try:
+            good.append((quota.transform(decode_image(sample.image)), sample))
+        except BadSample as problem:
+            broken.append(Fault(sample.task, sample.shard, sample.key, str(problem)))
+    if broken:
+        faults.add(quota.source.task, 0, broken, final=not good)
+        if not good:
+            raise UserError(f"no picture of a whole batch of {quota.source.task} can be decoded: {broken[0]}")
+        good += [good[i % len(good)] for i in range(len(broken))]
+    return [pixels for pixels, _ in good], [sample for _, sample in good]
+
+
+def train_batches(stream: BatchStream, workers: int) -> Iterator[Batch]:
+    """Batches in the stream's order, decoded by so many loader processes, or here where `workers` is 0.
+
+    Raises:
+        UserError: what the stream met.
+    """
+    # A generator of its own: the loader must not draw from the one that dropout draws from, or resuming would shift it.
+    loader = DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
+                        generator=torch.Generator())
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+@dataclass
+class EvalBatch:
+    """Samples of one task and their pictures, each once: row i of the samples shows `images[image_rows[i]]`."""
+
+    samples: list[Sample]
+    images: Tensor  # (pictures, 3, H, W)
+    image_rows: Tensor  # (samples,)
+
+
+def eval_batches(source: Source, known_tasks: Sequence[str], transform: Callable[[Image.Image], Tensor], *,
+                 rows: int, max_fault_share: float, limit: int | None = None,
+                 faults: FaultLog | None = None) -> Iterator[EvalBatch]:
+    """One pass over a task's samples, in order, each good one exactly once; at most `limit` of them.
+
+    Raises:
+        UserError: too many broken samples, or none at all.
+    """
+    faults = faults or FaultLog(max_fault_share)
+    met: list[Fault] = []
+    pictures: dict[str, int] = {}
+    samples: list[Sample] = []
+    images: list[Tensor] = []
+    image_rows: list[int] = []
+    count = 0
+
+    def flush() -> EvalBatch:
+        batch = EvalBatch(list(samples), torch.stack(images), torch.tensor(image_rows))
+        for part in (pictures, samples, images, image_rows):
+            part.clear()
+        return batch
+
+    for sample in read_samples(source, known_tasks, met.append):
+        if limit is not None and count >= limit:
+            break
+        seen = 1 + len(met)
+        try:
+            if sample.image_id not in pictures:
+                images.append(transform(decode_image(sample.image)))
+                pictures[sample.image_id] = len(images) - 1
+        except BadSample as problem:
+            met.append(Fault(sample.task, sample.shard, sample.key, str(problem)))
+        else:
+            samples.append(sample)
+            image_rows.append(pictures[sample.image_id])
+            count += 1
+        faults.add(source.task, seen, met)
+        met.clear()
+        if len(samples) == rows:
+            yield flush()
+    faults.add(source.task, len(met), met, final=True)
+    if not count:
+        raise UserError(f"no sample of task {source.task!r} in {', '.join(source.urls[:3])}")
+    if samples:
+        yield flush()

@@ -1,0 +1,1 @@
+"""Numbers from predictions: pure functions, no model, no files."""
