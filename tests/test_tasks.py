@@ -1,0 +1,201 @@
+"""Losses and predictions of the tasks against slow references."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vl_mtl_lora import UserError, parse_config
+from vl_mtl_lora.backbones.base import ImageStates
+from vl_mtl_lora.backbones.generation import score_continuations
+from vl_mtl_lora.data.shards import Sample
+from vl_mtl_lora.tasks import build_tasks
+from vl_mtl_lora.tasks.base import next_token_inputs, text_rows
+from vl_mtl_lora.tasks.retrieval import contrastive_loss
+
+ANSWERS = ["red", "blue", "dark blue"]
+
+
+def task(backbone, kind, **options):
+    data = {"out": "x", "backbone": {"name": "m"}, "tasks": {kind: {"train": "a", **options}}}
+    return build_tasks(parse_config(data).tasks, backbone)[kind]
+
+
+def sample(**fields):
+    return Sample({"image_id": 0, **fields}, b"", "k", "s")
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_contrastive_loss_shares_the_mass_among_captions_of_one_image():
+    generator = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(4, 6, generator=generator).double(), dim=-1) for _ in range(2))
+    groups = [0, 1, 0, 2]
+    total = 0.0
+    for queries, items in ((image, text), (text, image)):
+        for i in range(4):
+            logp = (5.0 * items @ queries[i]).log_softmax(0)
+            right = [j for j in range(4) if groups[j] == groups[i]]
+            total -= sum(logp[j] for j in right) / len(right) / 8
+    got = contrastive_loss(image, text, torch.tensor(groups), torch.tensor(5.0))
+    torch.testing.assert_close(got.double(), total, atol=1e-6, rtol=1e-6)
+
+
+def test_next_token_inputs_supervise_target_and_end_alone(tiny_backbone):
+    text = tiny_backbone().text
+    inputs = next_token_inputs(text, ["a", "what color"], ["red circle", "blue"])
+    (a,), (what, color), (red, circle), (blue,) = text.ids(["a", "what color", "red circle", "blue"])
+    assert inputs["tokens"].tolist() == [[text.bos_id, a, red, circle], [text.bos_id, what, color, blue]]
+    assert inputs["positions"].tolist() == [1, 2, 3, 6, 7]
+    assert inputs["labels"].tolist() == [red, circle, text.eos_id, blue, text.eos_id]
+
+
+def test_a_prompt_too_long_is_cut_and_the_answer_kept(tiny_backbone):
+    text = tiny_backbone().text
+    inputs = next_token_inputs(text, ["red " * 50], ["blue"])
+    assert inputs["tokens"].shape[1] == text.context_length - 1 and len(inputs["labels"]) == 2
+
+
+@pytest.mark.parametrize("kind,fields", [
+    ("vqa", {"question": "what is it ?", "answers": ["red circle"]}), ("captioning", {"captions": ["a red circle"]})])
+def test_next_token_loss_equals_a_loop_over_tokens(tiny_backbone, images, kind, fields):
+    backbone = tiny_backbone()
+    made = task(backbone, kind)
+    other = {name: ["blue"] if isinstance(value, list) else "where ?" for name, value in fields.items()}
+    samples = [sample(**fields), sample(**other)]
+    states = backbone.image_states(images[:2])
+    got = made.loss(backbone, states, made.collate(samples, random.Random(0)))
+    losses = []
+    for i, s in enumerate(samples):
+        prompt = made.prompt.format(question=s.fields.get("question"))
+        target = (s.fields.get("answers") or s.fields["captions"])[0]
+        (before,), (after,) = backbone.text.ids([prompt]), backbone.text.ids([target])
+        ids = [backbone.text.bos_id, *before, *after, backbone.text.eos_id]
+        logits = backbone.token_logits(images[i:i + 1], torch.tensor([ids]))[0]
+        losses += [-logits[j - 1].log_softmax(-1)[ids[j]] for j in range(len(before) + 1, len(ids))]
+    torch.testing.assert_close(got, torch.stack(losses).mean())
+
+
+def test_scores_of_continuations_equal_the_sum_over_their_tokens(tiny_backbone, images):
+    backbone = tiny_backbone()
+    prompts = ["what ?", "the color of it is", ""]
+    with torch.no_grad():
+        got = score_continuations(backbone, backbone.image_states(images), prompts, ANSWERS)
+        for i, prompt in enumerate(prompts):
+            for j, answer in enumerate(ANSWERS):
+                (before,), (after,) = backbone.text.ids([prompt]), backbone.text.ids([answer])
+                ids = [backbone.text.bos_id, *before, *after]
+                logp = backbone.token_logits(images[i:i + 1], torch.tensor([ids]))[0].log_softmax(-1)
+                wanted = sum(logp[len(before) + k, token] for k, token in enumerate(after)) / len(after)
+                torch.testing.assert_close(got[i, j], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_vqa_answers_by_each_way(tiny_backbone, images):
+    backbone = tiny_backbone()
+    states = backbone.image_states(images)
+    samples = [sample(question=q, answers=["red"]) for q in ("what ?", "where is it ?", "what ?")]
+    with torch.no_grad():
+        ranked = task(backbone, "vqa", answers=ANSWERS)
+        scores = score_continuations(backbone, states, ranked._prompts(samples), ANSWERS)
+        assert ranked.predict(backbone, states, samples, False) == [ANSWERS[i] for i in scores.argmax(1)]
+        texts = [[f"{s.fields['question']} {a}" for a in ANSWERS] for s in samples]
+        similar = torch.stack([states.embedding[i] @ backbone.encode_text(backbone.tokenize(t)).T
+                               for i, t in enumerate(texts)])
+        assert ranked.predict(backbone, states, samples, True) == [ANSWERS[i] for i in similar.argmax(1)]
+        written = task(backbone, "vqa", answer_by="generation", max_new_tokens=3)
+        assert written.predict(backbone, states, samples, False) == backbone.generate(
+            states, ranked._prompts(samples), max_new_tokens=3)
+        head = task(backbone, "vqa", answers=ANSWERS, answer_by="classification")
+        assert set(head.predict(backbone, states, samples, False)) <= set(ANSWERS)
+    inputs = head.collate([*samples[:2], sample(question="what ?", answers=["green"])], random.Random(0))
+    assert inputs["labels"].tolist() == [0, 0, -100]  # an answer outside the list is not learned
+    assert torch.isfinite(head.loss(backbone, states, inputs))
+
+
+def test_retrieval_scores_images_once_and_all_their_captions(tiny_backbone):
+    backbone = tiny_backbone()
+    made = task(backbone, "retrieval")
+    samples = [sample(image_id=i, captions=c) for i, c in ((5, ["a", "b"]), (6, ["c"]), (5, ["d"]))]
+    eye = torch.eye(3)
+    predictions = [(eye[0], eye[[0, 0]]), (eye[1], eye[[1]]), (eye[0], eye[[0]])]
+    metrics = made.score(predictions, samples)
+    assert metrics["image_to_text_recall@1"] == 100 and metrics["text_to_image_recall@1"] == 100
+    assert made.answers(predictions, samples) == [("a", True), ("c", True), ("a", True)]
+
+
+def test_a_task_whose_need_is_missing_fails_at_build(tiny_backbone):
+    backbone = tiny_backbone()
+    backbone.capabilities = frozenset({"embed"})
+    with pytest.raises(UserError, match="captioning needs a backbone that can generate; this one can embed"):
+        task(backbone, "captioning")
+    task(backbone, "vqa", answers=ANSWERS, answer_by="classification")
+
+
+def best_sequences(backbone, states, row, prompt, vocabulary, length):
+    """Every sequence up to `length` tokens by mean log-probability: brute force over a masked vocabulary."""
+    (start,) = backbone.text.ids([prompt])
+    open_ends, closed = [([], 0.0)], []
+    for _ in range(length):
+        grown = []
+        for tokens, score in open_ends:
+            ids = torch.tensor([[backbone.text.bos_id, *start, *tokens]])
+            logp = backbone.logits(backbone.token_states(states.rows(slice(row, row + 1)), ids)[0, -1]).log_softmax(-1)
+            for token in vocabulary:
+                entry = ([*tokens, token], score + float(logp[token]))
+                (closed if token == backbone.text.eos_id else grown).append(entry)
+        open_ends = grown
+    return max(closed + open_ends, key=lambda entry: entry[1] / len(entry[0]))[0]
+
+
+def test_beam_search_finds_the_best_sequence_and_greedy_the_likeliest_next(tiny_backbone, images):
+    backbone = tiny_backbone()
+    red, blue = (backbone.text.ids([w])[0][0] for w in ("red", "blue"))
+    vocabulary = [red, blue, backbone.text.eos_id]
+    plain = backbone.logits
+    mask = torch.full((backbone.model.vocab_size,), float("-inf"))
+    mask[vocabulary] = 0.0
+    backbone.logits = lambda states: plain(states) + mask
+    prompts = ["", "what color is it", "a"]
+    with torch.no_grad():
+        states = backbone.image_states(images)
+        beams = backbone.generate(states, prompts, max_new_tokens=3, num_beams=27)
+        greedy = backbone.generate(states, prompts, max_new_tokens=3)
+        for row, prompt in enumerate(prompts):
+            best = best_sequences(backbone, states, row, prompt, vocabulary, 3)
+            assert beams[row] == backbone.text.decode(best)
+            tokens = []
+            (start,) = backbone.text.ids([prompt])
+            while len(tokens) < 3 and (not tokens or tokens[-1] != backbone.text.eos_id):
+                ids = torch.tensor([[backbone.text.bos_id, *start, *tokens]])
+                tokens.append(int(backbone.token_logits(states.rows(slice(row, row + 1)), ids)[0, -1].argmax()))
+            assert greedy[row] == backbone.text.decode(tokens)
+
+
+def test_generation_of_a_mixed_batch_equals_each_task_alone(tiny_backbone, images):
+    from tests.test_open_clip import randomize
+    from vl_mtl_lora import AdapterConfig, TaskRouter, inject
+
+    backbone = tiny_backbone()
+    router = TaskRouter(["a", "b"])
+    randomize(inject(backbone, AdapterConfig(rank=4), router))
+    prompts = ["what color", "", "a red"]
+    with router.use(torch.tensor([0, 1, 0])):
+        mixed = backbone.generate(images, prompts, max_new_tokens=4, num_beams=3)
+    for row, name in enumerate("aba"):
+        with router.use(name):
+            alone = backbone.generate(images[row:row + 1], prompts[row:row + 1], max_new_tokens=4, num_beams=3)
+        assert alone == [mixed[row]]
+
+
+def test_image_states_slice_by_rows():
+    states = ImageStates(torch.arange(6).view(3, 2), None)
+    assert states.rows(slice(1, 3)).embedding.tolist() == [[2, 3], [4, 5]] and states.rows(slice(0, 1)).prefix is None
+
+
+def test_text_rows_are_trimmed(tiny_backbone):
+    rows = text_rows(tiny_backbone().text, ["a", "a red circle"])
+    assert rows.shape == (2, 5) and rows[0, 3:].tolist() == [0, 0]

@@ -1,0 +1,250 @@
+"""Training, resuming, saving and loading on the tiny model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.test_open_clip import randomize
+from vl_mtl_lora import UserError, build_model, load_run
+from vl_mtl_lora.checkpoint import load_checkpoint, save_checkpoint
+from vl_mtl_lora.data.stream import train_batches
+from vl_mtl_lora.evaluate import evaluate_tasks
+from vl_mtl_lora.model import check_gradients, checkpoint_blocks
+from vl_mtl_lora.trainer import build_optimizer, build_stream, learning_rate_factor, train
+
+
+def losses_of(config, resume=False):
+    seen = {}
+    train(config, resume=resume, on_step=lambda step, losses: seen.update({step: losses}))
+    return seen
+
+
+def with_steps(config, **train_section):
+    return config.model_copy(update={"train": config.train.model_copy(update=train_section)})
+
+
+def first_batch(config, model):
+    return next(train_batches(build_stream(config, model), 0))
+
+
+def total_gradients(model, batch):
+    model.zero_grad()
+    sum(model(batch).values()).backward()
+    return {name: p.grad.clone() for name, p in {**model.adapter_state(), **model.head_state()}.items()
+            if p.grad is not None}
+
+
+def test_training_lowers_every_loss_and_leaves_the_base_alone(tiny_config):
+    config = tiny_config(steps=40, log_every=20)
+    before = {n: p.clone() for n, p in build_model(config).backbone.library_parameters().items()}
+    losses = losses_of(config)
+    for task in config.tasks:
+        start, end = (sum(losses[s][task] for s in steps) / 5 for steps in (range(1, 6), range(36, 41)))
+        assert end < start
+    model, _ = load_run(config.out)
+    after = model.backbone.library_parameters()
+    assert all(torch.equal(p, after[n]) for n, p in before.items())
+    with open(f"{config.out}/log.jsonl") as log:
+        entries = [json.loads(line) for line in log]
+    assert {"loss/vqa", "lr", "grad_norm", "images_per_second", "data_wait"} <= entries[0].keys()
+    assert any("valid/vqa/accuracy" in entry for entry in entries)
+
+
+@pytest.mark.parametrize("dropout,accumulate", [(0.0, 1), (0.2, 2)])
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tiny_config, tmp_path, dropout, accumulate):
+    config = tiny_config(steps=6, save_every=3, accumulate=accumulate)
+    config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"dropout": dropout})})
+    straight = losses_of(config)
+    broken = config.model_copy(update={"out": str(tmp_path / "broken")})
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, _):
+        if step == 5:  # two steps after the last save
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(broken, on_step=stop)
+    resumed = losses_of(broken, resume=True)
+    assert resumed.keys() == {4, 5, 6}
+    assert all(resumed[step] == straight[step] for step in resumed)
+    with open(f"{broken.out}/log.jsonl") as log:
+        steps = [json.loads(line)["step"] for line in log if "lr" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny_config):
+    config = tiny_config(steps=6)
+
+    def interrupt(step, _):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(UserError, match="stopped at step 2.*--resume"):
+        train(config, on_step=interrupt)
+    assert losses_of(config, resume=True).keys() == {3, 4, 5, 6}
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tiny_config):
+    config = tiny_config(steps=1)
+    train(config)
+    with pytest.raises(UserError, match="already holds a run"):
+        train(config)
+
+
+def test_resume_without_a_run_is_an_error(tiny_config):
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(tiny_config(), resume=True)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tiny_config):
+    with pytest.raises(UserError, match="the loss is (nan|inf).*lower train.lr"):
+        train(tiny_config(steps=30, lr=1e30, clip=1e30, warmup=0))
+
+
+def test_checkpointing_gives_the_same_gradients_with_nested_routes(tiny_config):
+    config = tiny_config()
+    plain, again = build_model(config), build_model(config)
+    for model in (plain, again):
+        torch.manual_seed(0)
+        randomize(model.summary)
+    again.load_state_dict(plain.state_dict())
+    checkpoint_blocks(again)
+    batch = first_batch(config, plain)
+    expected = total_gradients(plain, batch)
+    with again.router.use("captioning"):  # an outer route that the blocks must not see when they run again
+        got = total_gradients(again, batch)
+    assert expected.keys() == got.keys() and len(got) > 50
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_mixed_batch_gives_each_task_the_gradient_of_its_rows_alone(tiny_config):
+    config = tiny_config()
+    model = build_model(config)
+    randomize(model.summary)
+    batch = first_batch(config, model)
+    model.zero_grad()
+    model(batch)["vqa"].backward()
+    vqa = model.router.index("vqa")
+    for name, p in model.adapter_state().items():
+        if name.endswith((".transform", ".mix")):
+            others = [t for t in range(3) if t != vqa]
+            assert not p.grad[:, others].any(), name
+    alone = model.tasks["vqa"]
+    rows = batch.slices["vqa"]
+    mixed = {n: p.grad.clone() for n, p in model.adapter_state().items()}
+    model.zero_grad()
+    with model.router.use("vqa"):
+        states = model.backbone.image_states(batch.images[rows])
+        alone.loss(model.backbone, states, batch.inputs["vqa"]).backward()
+    for name, p in model.adapter_state().items():
+        torch.testing.assert_close(mixed[name], p.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_save_and_load_give_equal_outputs(tiny_config, tmp_path):
+    config = tiny_config()
+    model = build_model(config).eval()
+    randomize(model.summary)
+    save_checkpoint(tmp_path / "c", model, config, step=3)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "heads.safetensors", "results.json"]
+    loaded, _ = load_run(tmp_path / "c")
+    images, ids = torch.randn(3, 3, 32, 32), torch.tensor([2, 0, 1])
+    with torch.no_grad(), model.router.use(ids), loaded.router.use(ids):
+        assert torch.equal(model.backbone.encode_image(images), loaded.backbone.encode_image(images))
+    assert model.adapter_state().keys() == load_file(tmp_path / "c" / "adapter_model.safetensors").keys()
+
+
+def test_damaged_checkpoints_are_refused_whole(tiny_config, tmp_path):
+    config = tiny_config()
+    model = build_model(config)
+    folder = tmp_path / "c"
+
+    def damaged(change, message):
+        save_checkpoint(folder, model, config, step=0)
+        change()
+        fresh = build_model(config)
+        before = {n: p.clone() for n, p in fresh.adapter_state().items()}
+        with pytest.raises(UserError, match=message):
+            load_checkpoint(folder, fresh)
+        assert all(torch.equal(p, before[n]) for n, p in fresh.adapter_state().items())
+
+    file = folder / "adapter_model.safetensors"
+
+    def rewrite(edit):
+        tensors = load_file(file)
+        edit(tensors)
+        save_file(tensors, file)
+
+    name = "image.0.mlp.in.up"
+    damaged(lambda: rewrite(lambda t: t.pop(name)), "missing: image.0.mlp.in.up")
+    damaged(lambda: rewrite(lambda t: t.update(x=torch.ones(1))), "unknown tensors: x")
+    damaged(lambda: rewrite(lambda t: t.update({name: torch.ones(1)})), r"shape \(1,\)")
+    damaged(lambda: rewrite(lambda t: t[name].fill_(float("nan"))), "no number")
+    damaged(lambda: file.write_bytes(file.read_bytes()[:-9]), "cannot read")
+
+    def describe(**change):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+    damaged(lambda: describe(tasks=["vqa", "retrieval", "captioning"]), "its tasks are")
+    damaged(lambda: describe(base="0"), "another base")
+    damaged(lambda: describe(format="x"), "expected format")
+    damaged(lambda: (folder / "adapter_config.json").unlink(), "no checkpoint")
+
+
+def test_lambda_and_mix_take_no_weight_decay(tiny_config):
+    model = build_model(tiny_config())
+    decayed, free = build_optimizer(model, 1e-3, 0.1).param_groups
+    state = model.adapter_state()
+    assert {id(p) for p in decayed["params"]} == {id(p) for n, p in state.items() if n.endswith((".down", ".up"))}
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert len(decayed["params"]) + len(free["params"]) == len(trainable)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    factors = [learning_rate_factor(s, 4, 12) for s in range(13)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[8] == pytest.approx(0.5) and factors[12] == pytest.approx(0.0)
+
+
+def test_a_dead_target_is_named(tiny_config):
+    model = build_model(tiny_config())
+    check_gradients(model)
+    block = model.backbone.model.transformer.resblocks[1]
+    block.mlp.c_proj = block.mlp.c_proj.base  # as if the library never called what was put there
+    with pytest.raises(UserError, match=r"1 adapters get no gradient.*text\.1\.mlp\.out"):
+        check_gradients(model)
+
+
+def test_merged_weights_equal_the_routed_model(tiny_config, tiny_backbone):
+    from vl_mtl_lora.export import merged_state
+
+    model = build_model(tiny_config()).eval()
+    summary = {n: layer for n, layer in model.summary.layers.items() if n != "projector"}
+    randomize(type(model.summary)(layers=summary))
+    images, tokens = torch.randn(3, 3, 32, 32), model.backbone.tokenize(["a red circle", "blue", "a"])
+    plain = tiny_backbone()
+    for task in model.router.task_names:
+        plain.model.load_state_dict(merged_state(model, task))
+        with torch.no_grad(), model.router.use(task):
+            torch.testing.assert_close(plain.encode_image(images), model.backbone.encode_image(images))
+            torch.testing.assert_close(plain.encode_text(tokens), model.backbone.encode_text(tokens))
+
+
+def test_zero_shot_after_training_is_zero_shot_before(tiny_config):
+    config = tiny_config(steps=5)
+    before = evaluate_tasks(build_model(config), config, zero_shot=True)
+    train(config)
+    model, _ = load_run(config.out)
+    assert evaluate_tasks(model, config, zero_shot=True) == before
+
+
+def test_bf16_autocast_trains(tiny_config):
+    losses = losses_of(tiny_config(steps=3, precision="bf16", checkpointing=True))
+    assert all(torch.isfinite(torch.tensor(list(step.values()))).all() for step in losses.values())

@@ -1,0 +1,83 @@
+"""Evaluation of the same model with adapters off (zero-shot) and on (adapted)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vl_mtl_lora.config import RunConfig
+from vl_mtl_lora.data.reader import FaultLog, Source, build_source
+from vl_mtl_lora.data.shards import Sample
+from vl_mtl_lora.data.stream import eval_batches
+from vl_mtl_lora.errors import UserError
+from vl_mtl_lora.model import MultiTaskModel
+
+
+@dataclass
+class Evaluation:
+    """One task under one arm: every sample, its prediction, and the metrics over all."""
+
+    samples: list[Sample]
+    predictions: list[Any]
+    metrics: dict[str, float]
+
+
+@torch.no_grad()
+def evaluate_task(model: MultiTaskModel, name: str, source: Source, *, zero_shot: bool, rows: int = 64,
+                  max_fault_share: float = 0.01, known_tasks: tuple[str, ...] = (), limit: int | None = None,
+                  faults: FaultLog | None = None) -> Evaluation:
+    """Evaluates one task on one source, each sample once.
+
+    Args:
+        zero_shot: adapters off and the task's zero-shot way of answering, instead of adapters on.
+        rows: samples per batch. limit: the most samples to take.
+    """
+    model.eval()
+    task, backbone = model.tasks[name], model.backbone
+    samples: list[Sample] = []
+    predictions: list[Any] = []
+    batches = eval_batches(source, [*model.router.task_names, *known_tasks], backbone.preprocess(False), rows=rows,
+                           max_fault_share=max_fault_share, limit=limit, faults=faults)
+    arm = "zero-shot" if zero_shot else "adapted"
+    with tqdm(desc=f"{name}, {arm}", unit="sample", dynamic_ncols=True, leave=False) as bar:
+        for batch in batches:
+            with model.router.off() if zero_shot else model.router.use(name):
+                states = backbone.image_states(batch.images.to(backbone.device))
+                states = type(states)(*(None if part is None else part[batch.image_rows.to(part.device)]
+                                        for part in states))
+                predictions += task.predict(backbone, states, batch.samples, zero_shot)
+            samples += batch.samples
+            bar.update(len(batch.samples))
+    return Evaluation(samples, predictions, task.score(predictions, samples))
+
+
+def evaluate_tasks(model: MultiTaskModel, config: RunConfig, *, split: str = "test", zero_shot: bool = False,
+                   limit: int | None = None) -> dict[str, dict[str, float]]:
+    """Metrics of every task that has shards for the split: {task: {metric: value}}."""
+    return {name: evaluate_task(model, name, source, zero_shot=zero_shot, limit=limit, **options).metrics
+            for name, source, options in sources(config, split)}
+
+
+def sources(config: RunConfig, split: str):
+    """(task, source, options of `evaluate_task`) for every task that has shards for the split.
+
+    Raises:
+        UserError: no task has any.
+    """
+    found = []
+    for name, task in config.tasks.items():
+        if getattr(task, split):
+            source = build_source(name, task, split)
+            found.append((name, source, {"rows": config.data.eval_batch, "known_tasks": tuple(config.data.ignore_tasks),
+                                         "max_fault_share": config.data.max_fault_share}))
+    if not found:
+        raise UserError(f"no task of the config has {split} shards: add tasks.NAME.{split}")
+    return found
+
+
+def primary_mean(model: MultiTaskModel, metrics: Mapping[str, Mapping[str, float]]) -> float:
+    """The mean of the tasks' primary metrics: what the best checkpoint is chosen by."""
+    values = [values[model.tasks[name].primary] for name, values in metrics.items()]
+    return sum(values) / len(values)

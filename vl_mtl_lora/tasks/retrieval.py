@@ -1,0 +1,83 @@
+"""Image-text retrieval: symmetric contrastive loss within the slice, recall@k both ways."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vl_mtl_lora.metrics.retrieval import retrieval_metrics
+from vl_mtl_lora.tasks.base import text_rows
+
+
+class Retrieval(nn.Module):
+    """CLIP's loss (arXiv 2103.00020) with every pair of one image as a positive, so none becomes a false negative.
+
+    Head: `log_scale`, the logarithm of the similarity's scale, starting at the base's.
+    """
+
+    kind = "retrieval"
+    needs = frozenset({"embed"})
+    primary = "text_to_image_recall@1"
+    max_scale = 100.0
+
+    def __init__(self, name, section, backbone):
+        super().__init__()
+        self.name = name
+        self.text = backbone.text
+        scale = getattr(backbone.model, "logit_scale", None)
+        start = float(scale.detach()) if scale is not None else 2.6593  # log(1 / 0.07), where CLIP starts
+        self.log_scale = nn.Parameter(torch.tensor(start))
+
+    def collate(self, samples, rng):
+        """tokens (B, L): one caption of each sample, drawn anew. groups (B,): equal where the image is the same."""
+        ids = {}
+        return {"tokens": text_rows(self.text, [rng.choice(s.fields["captions"]) for s in samples]),
+                "groups": torch.tensor([ids.setdefault(s.image_id, len(ids)) for s in samples])}
+
+    def loss(self, backbone, states, inputs):
+        text = backbone.encode_text(inputs["tokens"])
+        scale = self.log_scale.exp().clamp(max=self.max_scale)
+        return contrastive_loss(states.embedding, text, inputs["groups"], scale)
+
+    def predict(self, backbone, states, samples, zero_shot):
+        """(image embedding (E,), caption embeddings (captions, E)) per sample."""
+        captions = [s.fields["captions"] for s in samples]
+        text = backbone.encode_text(text_rows(self.text, sum(captions, [])).to(backbone.device)).float().cpu()
+        return list(zip(states.embedding.float().cpu(), text.split([len(c) for c in captions])))
+
+    def score(self, predictions, samples):
+        return retrieval_metrics(*self._gather(predictions, samples))
+
+    def answers(self, predictions, samples):
+        images, image_groups, texts, text_groups = self._gather(predictions, samples)
+        captions = [caption for s in samples for caption in s.fields["captions"]]
+        said = []
+        groups = self._groups(samples)
+        row_of = {group: row for row, group in reversed(list(enumerate(image_groups.tolist())))}
+        for group in groups:
+            nearest = int((texts @ images[row_of[group]]).argmax())
+            said.append((captions[nearest], int(text_groups[nearest]) == group))
+        return said
+
+    @staticmethod
+    def _groups(samples) -> list[int]:
+        ids: dict[str, int] = {}
+        return [ids.setdefault(s.image_id, len(ids)) for s in samples]
+
+    def _gather(self, predictions, samples):
+        """Each image once, every caption: (N, E), (N,), (M, E), (M,)."""
+        groups = self._groups(samples)
+        first = {group: i for i, group in reversed(list(enumerate(groups)))}
+        rows = sorted(first.values())
+        images = torch.stack([predictions[i][0] for i in rows])
+        texts = torch.cat([texts for _, texts in predictions])
+        text_groups = torch.tensor([group for group, (_, t) in zip(groups, predictions) for _ in range(len(t))])
+        return images, torch.tensor([groups[i] for i in rows]), texts, text_groups
+
+
+def contrastive_loss(image: torch.Tensor, text: torch.Tensor, groups: torch.Tensor,
+                     scale: torch.Tensor) -> torch.Tensor:
+    """Symmetric InfoNCE of (B, E) images and texts; rows of one group share the probability mass as positives."""
+    logits = scale * (image @ text.T).float()
+    same = (groups[:, None] == groups[None]).to(logits.dtype)
+    target = same / same.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
