@@ -1,0 +1,63 @@
+"""The layout: imports go upward only, libraries stay in their place, files stay readable in one sitting."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "vl_mtl_lora"
+# In import order: a file imports only files above it.
+ORDER = ["errors", "config", "routing", "metrics.retrieval", "metrics.vqa", "metrics.caption", "metrics",
+         "data.shards", "data.reader", "data.stream", "data.examples", "data", "ops", "attention",
+         "backbones.generation", "backbones.base", "backbones.open_clip", "backbones", "lora", "tasks.base",
+         "tasks.retrieval", "tasks.vqa", "tasks.captioning", "tasks", "model", "checkpoint", "export", "evaluate",
+         "trainer", "report", "compare", "quickstart", "", "cli", "__main__"]
+HOMES = {"open_clip": "backbones", "timm": "backbones", "transformers": "backbones", "webdataset": "data"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+
+
+def test_every_file_has_its_place_in_the_order():
+    assert sorted(map(module_of, FILES)) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_go_upward(path):
+    here = ORDER.index(module_of(path))
+    for name in imports(path):
+        if name.split(".")[0] == "vl_mtl_lora":
+            assert ORDER.index(name.removeprefix("vl_mtl_lora").removeprefix(".")) < here, name
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_libraries_stay_in_their_place(path):
+    for name in imports(path):
+        home = HOMES.get(name.split(".")[0])
+        assert home is None or module_of(path).split(".")[0] == home, name
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_files_have_one_purpose_and_can_be_read_in_one_sitting(path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text))
+    assert len(text.splitlines()) <= 350
+
+
+def test_the_readme_s_tree_names_every_file():
+    readme = (PACKAGE.parent / "README.md").read_text()
+    for path in FILES:
+        if path.name != "__init__.py":
+            assert path.name in readme, path

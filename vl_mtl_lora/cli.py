@@ -1,0 +1,126 @@
+"""The command line: each command is a plain function; user errors are one line and exit code 2."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vl_mtl_lora.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Adapts frozen vision-language models to many tasks at once with MTL-LoRA.")
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run or of a checkpoint")]
+Overrides = Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]...", help="config values to replace, e.g. "
+                                                "train.steps=1000")]
+Split = Annotated[str, typer.Option(help="which shards of the config: test or valid")]
+Limit = Annotated[int | None, typer.Option(help="the most samples of each task", min=1)]
+
+
+@app.command()
+def quickstart(overrides: Overrides = None,
+               out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/quickstart"),
+               long: Annotated[bool, typer.Option("--long", help="the longer training, under half an hour")] = False):
+    """Runs the whole job on embedded and packaged data: shards, training, zero-shot against adapted."""
+    from vl_mtl_lora.quickstart import quickstart as run
+    from vl_mtl_lora.report import text_table
+
+    results = run(out, long, overrides or [])
+    print(text_table(results))
+    print(f"\n{sum(results['seconds'].values()):.0f} seconds: "
+          + ", ".join(f"{stage} {value:.0f}" for stage, value in results["seconds"].items()))
+    print(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None,
+          resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False):
+    """Trains adapters for the tasks of a config."""
+    from vl_mtl_lora.config import load_config
+    from vl_mtl_lora.trainer import train as run
+
+    out = run(load_config(config, overrides or []), resume=resume)
+    print(f"checkpoints: {out}; next: vl-mtl-lora compare {out}")
+
+
+@app.command()
+def evaluate(run: Run, split: Split = "test", limit: Limit = None,
+             zero_shot: Annotated[bool, typer.Option("--zero-shot", help="adapters off")] = False):
+    """Prints the metrics of a run, with adapters on or off."""
+    from vl_mtl_lora.checkpoint import load_run
+    from vl_mtl_lora.evaluate import evaluate_tasks
+
+    _check_split(split)
+    model, config = load_run(run)
+    for task, metrics in evaluate_tasks(model, config, split=split, zero_shot=zero_shot, limit=limit).items():
+        for name, value in metrics.items():
+            print(f"{task}\t{name}\t{value:.2f}")
+
+
+@app.command()
+def compare(run: Run, split: Split = "test", limit: Limit = None):
+    """Evaluates a run zero-shot and adapted; writes results.json, report.md and report.html."""
+    from vl_mtl_lora.compare import compare as both
+    from vl_mtl_lora.report import text_table
+
+    _check_split(split)
+    print(text_table(both(run, split, limit)))
+    print(f"\nreport: {run / 'report.html'}")
+
+
+@app.command()
+def export(run: Run, task: Annotated[str, typer.Option(help="the task to fold into the base")],
+           out: Annotated[Path, typer.Option(help="file to write")],
+           format: Annotated[str, typer.Option(help="merged")] = "merged"):
+    """Writes the base with one task's adapters folded in, under the library's own names."""
+    from vl_mtl_lora.export import export_merged
+
+    if format != "merged":
+        raise UserError(f"--format: unknown format {format!r}; valid is merged")
+    export_merged(run, task, out)
+    print(f"merged weights: {out}")
+
+
+@app.command()
+def inspect(config: Config, overrides: Overrides = None):
+    """Shows what a config adapts, and fails where an adapter would never learn. Needs no weights and no shards."""
+    from vl_mtl_lora.config import load_config
+    from vl_mtl_lora.model import build_model, check_gradients
+
+    settings = load_config(config, overrides or [])
+    model = build_model(settings, random_weights=True)
+    frozen = sum(p.numel() for p in model.backbone.parameters() if not p.requires_grad)
+    places: dict[tuple[str, str], list[str]] = {}
+    for name, layer in model.summary.layers.items():
+        block, _, role = name.removeprefix(f"{layer.tower}.").partition(".") if "." in name else ("", "", name)
+        places.setdefault((layer.tower, role), []).append(block)
+    print(f"{settings.backbone.name}: {frozen:,} frozen parameters; tasks: {', '.join(settings.tasks)}")
+    for (tower, role), blocks in places.items():
+        where = f"blocks {blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}" if blocks[0] else ""
+        print(f"  {tower:6} {role:10} {len(blocks):3} x  {where}")
+    print(model.summary)
+    print(f"share of the base: {100 * model.summary.total / frozen:.2f} %")
+    check_gradients(model)
+    print("every adapter gets a gradient")
+
+
+def _check_split(split: str) -> None:
+    if split not in ("test", "valid", "train"):
+        raise UserError(f"--split: unknown split {split!r}", near=(split, ("test", "valid", "train")))
+
+
+def main() -> None:
+    """Entry point of `vl-mtl-lora` and `python -m vl_mtl_lora`."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("vl_mtl_lora").setLevel(logging.INFO)
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

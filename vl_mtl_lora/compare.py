@@ -1,0 +1,44 @@
+"""Both arms of a run over its test shards, and the report on them."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from vl_mtl_lora.checkpoint import find_checkpoint, load_run, read_description
+from vl_mtl_lora.data.reader import FaultLog
+from vl_mtl_lora.evaluate import Evaluation, evaluate_task, sources
+from vl_mtl_lora.report import pick_examples, read_log, results_dict, write_report
+
+
+def compare(run: str | Path, split: str = "test", limit: int | None = None,
+            seconds: Mapping[str, float] | None = None) -> dict:
+    """Evaluates a run's tasks zero-shot and adapted, writes results.json, report.md and report.html into its folder.
+
+    Args:
+        run: a run's folder or a checkpoint.
+        limit: the most samples of each task.
+        seconds: stages timed before, for the report.
+
+    Returns:
+        The content of results.json.
+    """
+    run = Path(run)
+    checkpoint = find_checkpoint(run)
+    model, config = load_run(checkpoint)
+    seconds = dict(seconds or {})
+    arms: dict[str, dict[str, Evaluation]] = {}
+    faults = FaultLog(config.data.max_fault_share)
+    for arm in ("zero_shot", "adapted"):
+        start = time.perf_counter()
+        arms[arm] = {name: evaluate_task(model, name, source, zero_shot=arm == "zero_shot", limit=limit, faults=faults,
+                                         **options) for name, source, options in sources(config, split)}
+        seconds[f"evaluation, {arm.replace('_', '-')}"] = time.perf_counter() - start
+    frozen = sum(p.numel() for p in model.backbone.parameters() if not p.requires_grad)
+    about = {"base": config.backbone.name, "rank": config.adapter.rank, "modules": sum(model.summary.modules.values()),
+             "trainable": model.summary.total, "share": 100.0 * model.summary.total / frozen,
+             "steps": read_description(checkpoint)["step"], "checkpoint": checkpoint.name}
+    results = results_dict(arms["zero_shot"], arms["adapted"], run=about, split=split, seconds=seconds,
+                                  faults=faults.report())
+    examples = pick_examples(model.tasks, arms["zero_shot"], arms["adapted"])
+    write_report(run, results, examples, read_log(run))
+    return results

@@ -1,0 +1,57 @@
+"""The embedded default run: packaged data, the embedded base, three tasks, zero-shot against adapted, on a CPU."""
+
+import logging
+import shutil
+import time
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from vl_mtl_lora.compare import compare
+from vl_mtl_lora.config import RunConfig, apply_override, parse_config
+from vl_mtl_lora.data import examples
+from vl_mtl_lora.errors import UserError
+from vl_mtl_lora.trainer import train
+
+log = logging.getLogger(__name__)
+
+_MADE = ("config.yaml", "log.jsonl", "tensorboard", "last", "best", "results.json", "report.md", "report.html")
+
+
+def quickstart_config(out: str | Path, long: bool = False, overrides: list[str] = ()) -> RunConfig:
+    """The quickstart's configuration, its shards under OUT/shards."""
+    name = "quickstart_long.yaml" if long else "quickstart.yaml"
+    data = yaml.safe_load((resources.files("vl_mtl_lora") / "embedded" / name).read_text(encoding="utf-8"))
+    data["out"] = str(out)
+    for override in overrides:
+        apply_override(data, override)
+    return parse_config(data, where=lambda loc: name, root=Path(out))
+
+
+def quickstart(out: str | Path, long: bool = False, overrides: list[str] = ()) -> dict:
+    """Builds the shards, trains, compares; returns the results. An earlier quickstart in the folder is replaced.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    out = Path(out)
+    config = quickstart_config(out, long, overrides)
+    shards = out / "shards"
+    if out.exists() and any(out.iterdir()) and not shards.is_dir():
+        raise UserError(f"{out} holds something else than a quickstart: choose another --out")
+    for name in _MADE:
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    seconds = {}
+    start = time.perf_counter()
+    if not (shards / "complete").exists():
+        log.info("building shards in %s", shards)
+        examples.write_easy_vqa(shards, samples_per_shard=10000)
+        examples.write_emoji(shards)
+        (shards / "complete").touch()
+    seconds["shards"] = time.perf_counter() - start
+    start = time.perf_counter()
+    train(config)
+    seconds["training"] = time.perf_counter() - start
+    return compare(out, seconds=seconds)
