@@ -1,6 +1,7 @@
 """Training, resuming, saving and loading on the tiny model."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -81,11 +82,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_config):
 
     def interrupt(step, _):
         if step == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(UserError, match="stopped at step 2.*--resume"):
         train(config, on_step=interrupt)
     assert losses_of(config, resume=True).keys() == {3, 4, 5, 6}
+
+
+def test_a_run_that_broke_off_before_its_first_save_starts_anew(tiny_config):
+    config = tiny_config(steps=2)
+
+    def fail(step, _):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(config, on_step=fail)
+    assert losses_of(config).keys() == {1, 2}
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tiny_config):

@@ -1,5 +1,6 @@
 """Evaluation of the same model with adapters off (zero-shot) and on (adapted)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,10 @@ def sources(config: RunConfig, split: str):
     return found
 
 
-def primary_mean(model: MultiTaskModel, metrics: Mapping[str, Mapping[str, float]]) -> float:
-    """The mean of the tasks' primary metrics: what the best checkpoint is chosen by."""
+def primary_score(model: MultiTaskModel, metrics: Mapping[str, Mapping[str, float]]) -> float:
+    """What the best checkpoint is chosen by: the mean over tasks of log(1 + primary metric).
+
+    The logarithm lets a task gain by proportion, or CIDEr, which runs to 1000, would outweigh every recall.
+    """
     values = [values[model.tasks[name].primary] for name, values in metrics.items()]
-    return sum(values) / len(values)
+    return sum(map(math.log1p, values)) / len(values)

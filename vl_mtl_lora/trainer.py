@@ -4,8 +4,11 @@ import json
 import logging
 import math
 import random
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +23,7 @@ from vl_mtl_lora.config import RunConfig, dump_config
 from vl_mtl_lora.data.reader import build_source
 from vl_mtl_lora.data.stream import BatchStream, Quota, train_batches
 from vl_mtl_lora.errors import UserError
-from vl_mtl_lora.evaluate import evaluate_tasks, primary_mean
+from vl_mtl_lora.evaluate import evaluate_tasks, primary_score
 from vl_mtl_lora.model import MultiTaskModel, build_model, checkpoint_blocks
 
 log = logging.getLogger(__name__)
@@ -40,9 +43,10 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
     """
     out, section = Path(config.out), config.train
     last = out / "last"
-    if resume and not (last / "adapter_config.json").is_file():
+    started = (last / "adapter_config.json").is_file()
+    if resume and not started:
         raise UserError(f"nothing to resume in {out}: there is no checkpoint last/")
-    if not resume and (out / "log.jsonl").exists():
+    if started and not resume:
         raise UserError(f"{out} already holds a run: add --resume to go on with it, or set another out=FOLDER")
     accelerator = Accelerator()  # its own precision setting is global to the process; ours is the run's
     set_seed(section.seed)
@@ -58,87 +62,149 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
         _restore(load_resume(last), model, optimizer, schedule, step)
         if step >= section.steps:
             log.warning("%s already has %d of %d steps", out, step, section.steps)
-    stream = build_stream(config, model, start=step * section.accumulate)
-    batches = train_batches(stream, config.data.workers)
+    batches = train_batches(build_stream(config, model, start=step * section.accumulate), config.data.workers)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    if resume:
-        _cut_log(out / "log.jsonl", step)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    best = _best_so_far(out)
     parameters = [p for p in model.parameters() if p.requires_grad]
     evaluates = any(task.valid for task in config.tasks.values())
+    best = _best_so_far(out) if resume else -math.inf
+
+    def save(name: str, results: dict | None = None) -> None:
+        save_checkpoint(out / name, model, config, step=step, results=results, resume=_resume_state(model, optimizer))
+
+    meter = Meter()
     model.train()
-    with open(out / "log.jsonl", "a", encoding="utf-8") as journal, SummaryWriter(out / "tensorboard") as board, \
+    with Journal(out, after=step) as journal, _interrupts() as interrupted, \
             tqdm(total=section.steps, initial=step, desc="train", unit="step", dynamic_ncols=True) as bar:
-
-        def record(entry: dict) -> None:
-            journal.write(json.dumps(entry) + "\n")
-            journal.flush()
-            for name, value in entry.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    board.add_scalar(name, value, entry["step"])
-
-        def save(name: str, results: dict | None = None) -> None:
-            save_checkpoint(out / name, model, config, step=step, results=results,
-                            resume=_resume_state(model, optimizer))
-
-        sums: dict[str, Tensor] = {}
-        waited = 0.0
-        mark = time.perf_counter()
-        try:
-            while step < section.steps:
-                for _ in range(section.accumulate):
-                    asked = time.perf_counter()
+        while step < section.steps:
+            for _ in range(section.accumulate):
+                with meter.waiting():
                     batch = next(batches)
-                    waited += time.perf_counter() - asked
-                    for fault in batch.faults:  # their share is watched where they are met
-                        record({"step": step, "fault": str(fault)})
-                    with torch.autocast(accelerator.device.type, torch.bfloat16, section.precision == "bf16"):
-                        losses = wrapped(batch.to(accelerator.device))
-                        total = sum(config.tasks[name].weight * loss for name, loss in losses.items())
-                    accelerator.backward(total / section.accumulate)
-                    for name, loss in {**losses, "total": total}.items():
-                        sums[name] = sums.get(name, 0.0) + loss.detach() / section.accumulate
-                norm = accelerator.clip_grad_norm_(parameters, section.clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                step += 1
-                bar.update()
-                if on_step:
-                    on_step(step, {name: float(value.detach()) for name, value in losses.items()})
-                if step % section.log_every == 0 or step == section.steps:
-                    now = time.perf_counter()
-                    since = (step - 1) % section.log_every + 1
-                    entry = {"step": step, **{f"loss/{name}": float(value) / since for name, value in sums.items()},
-                             "lr": schedule.get_last_lr()[0], "grad_norm": float(norm),
-                             "images_per_second": len(batch.ids) * section.accumulate * since / (now - mark),
-                             "data_wait": waited / (now - mark)}
-                    if not math.isfinite(entry["loss/total"]):
-                        raise UserError(f"the loss is {entry['loss/total']} at step {step}: lower train.lr; the last "
-                                        f"good checkpoint is {last if last.exists() else 'missing'}")
-                    record(entry)
-                    bar.set_postfix({name: f"{float(value) / since:.3f}" for name, value in sums.items()})
-                    sums, waited, mark = {}, 0.0, now
-                at_end = step == section.steps
-                if evaluates and (at_end or section.eval_every and step % section.eval_every == 0):
-                    metrics = evaluate_tasks(model, config, split="valid", limit=section.eval_samples)
-                    record({"step": step, **{f"valid/{task}/{name}": value for task, values in metrics.items()
-                                             for name, value in values.items()}})
-                    mean = primary_mean(model, metrics)
-                    if mean >= best:
-                        best = mean
-                        save("best", {"tasks": metrics, "split": "the valid split", "primary_mean": mean})
-                    model.train()
-                    mark = time.perf_counter()
-                if at_end or step % section.save_every == 0:
-                    save("last")
-        except KeyboardInterrupt:
-            save("last")
-            bar.close()
-            raise UserError(f"stopped at step {step}; {last} is saved, go on with --resume") from None
+                for fault in batch.faults:  # their share is watched where they are met
+                    journal.write({"step": step, "fault": str(fault)})
+                with torch.autocast(accelerator.device.type, torch.bfloat16, section.precision == "bf16"):
+                    losses = wrapped(batch.to(accelerator.device))
+                    total = sum(config.tasks[name].weight * loss for name, loss in losses.items())
+                accelerator.backward(total / section.accumulate)
+                meter.add(len(batch.ids), {**losses, "total": total})
+            norm = accelerator.clip_grad_norm_(parameters, section.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            step += 1
+            bar.update()
+            if on_step:
+                on_step(step, {name: float(loss.detach()) for name, loss in losses.items()})
+            at_end = step == section.steps
+            if step % section.log_every == 0 or at_end:
+                means, speed = meter.read()
+                if not math.isfinite(means["total"]):
+                    raise UserError(f"the loss is {means['total']} at step {step}: lower train.lr; the last good "
+                                    f"checkpoint is {last if last.exists() else 'missing'}")
+                journal.write({"step": step, **{f"loss/{name}": value for name, value in means.items()},
+                               "lr": schedule.get_last_lr()[0], "grad_norm": float(norm), **speed})
+                bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+            if evaluates and (at_end or section.eval_every and step % section.eval_every == 0):
+                metrics = evaluate_tasks(model, config, split="valid", limit=section.eval_samples)
+                score = primary_score(model, metrics)
+                journal.write({"step": step, "valid/score": score,
+                               **{f"valid/{task}/{name}": value for task, values in metrics.items()
+                                  for name, value in values.items()}})
+                if score >= best:
+                    best = score
+                    save("best", {"tasks": metrics, "split": "the valid split", "primary_score": score})
+                model.train()
+                meter.restart()
+            if at_end or interrupted() or step % section.save_every == 0:
+                save("last")
+            if interrupted() and not at_end:
+                raise UserError(f"stopped at step {step}; {last} is saved, go on with --resume")
     return out
+
+
+class Meter:
+    """Means of the losses and the speed since the last reading."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+        self._batches = self._rows = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Takes time anew: what was done in between is no training."""
+        self._start, self._waited, self._rows = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent inside is time spent waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def add(self, rows: int, losses: dict[str, Tensor]) -> None:
+        for name, loss in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + loss.detach()
+        self._batches += 1
+        self._rows += rows
+
+    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(mean loss by name, images per second and the share of the time that went into waiting for data)."""
+        means = {name: float(value) / self._batches for name, value in self._sums.items()}
+        passed = time.perf_counter() - self._start
+        speed = {"images_per_second": self._rows / passed, "data_wait": self._waited / passed}
+        self.__init__()
+        return means, speed
+
+
+class Journal:
+    """A run's log: every entry a line of log.jsonl, every number a point in tensorboard."""
+
+    def __init__(self, out: Path, after: int):
+        """after: entries of later steps are dropped, so that a resumed run tells no step twice."""
+        path = out / "log.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= after] if after else []
+        path.write_text("".join(kept), encoding="utf-8")
+        self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._board = SummaryWriter(out / "tensorboard", purge_step=after + 1)
+
+    def write(self, entry: dict) -> None:
+        self._stream.write(json.dumps(entry) + "\n")
+        self._stream.flush()
+        for name, value in entry.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(name, value, entry["step"])
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stream.close()
+        self._board.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a log; one that was being written when the run broke off is left out."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noted instead of raised, so that a step is done whole; a second one breaks off at once."""
+    noted = []
+
+    def note(*_):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(True)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, note) if in_main_thread else None
+    try:
+        yield lambda: bool(noted)
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
 
 
 def build_stream(config: RunConfig, model: MultiTaskModel, start: int = 0) -> BatchStream:
@@ -156,7 +222,7 @@ def build_optimizer(model: MultiTaskModel, lr: float, weight_decay: float) -> to
         (decayed if name.endswith((".down", ".up")) else free).append(parameter)
     free += model.head_state().values()
     return torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay},
-                              {"params": free, "weight_decay": 0.0}], lr=lr)
+                              {"params": free, "weight_decay": 0.0}], lr=lr, fused=True)
 
 
 def learning_rate_factor(step: int, warmup: int, steps: int) -> float:
@@ -199,21 +265,8 @@ def _restore(state: dict[str, Tensor], model: MultiTaskModel, optimizer, schedul
         torch.cuda.set_rng_state(state["random.cuda"])
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Drops what a broken-off run logged after its last checkpoint, so that no step is told twice."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # the line that was being written when the run broke off
-            continue
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
 def _best_so_far(out: Path) -> float:
     try:
-        return json.loads((out / "best" / "results.json").read_text())["primary_mean"]
+        return json.loads((out / "best" / "results.json").read_text())["primary_score"]
     except (OSError, ValueError, KeyError):
         return -math.inf

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def _image_bytes(image) -> tuple[bytes, str]:
         return stream.getvalue(), "png"
     if isinstance(image, (str, os.PathLike)):
         try:
-            image = Path(image).read_bytes()
+            return _read_image(os.fspath(image), os.stat(image).st_mtime_ns)
         except OSError as error:
             raise BadSample(f"image cannot be read: {error}") from error
     if not isinstance(image, bytes):
@@ -188,6 +189,11 @@ def _image_bytes(image) -> tuple[bytes, str]:
     if kind in IMAGE_TYPES:
         return image, IMAGE_TYPES[kind]
     return _image_bytes(decode_image(image))
+
+
+@lru_cache(maxsize=16)  # samples of one picture follow each other: it is read and checked once
+def _read_image(path: str, changed: int) -> tuple[bytes, str]:
+    return _image_bytes(Path(path).read_bytes())
 
 
 def read_jsonl(path: str | Path) -> Iterable[dict]:

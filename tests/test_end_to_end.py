@@ -1,0 +1,89 @@
+"""The README's commands and Python example, run as they stand there, with few steps."""
+
+import json
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import tiny_samples
+from vl_mtl_lora.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+SMALL = {
+    "quickstart": ["train.steps=2", "data.eval_batch=64"],
+    "train": ["backbone.name=micro-clip", "backbone.pretrained=null", "train.steps=2", "data.workers=0",
+              "train.precision=float32", "tasks.retrieval.rows=4", "tasks.vqa.rows=4", "tasks.captioning.rows=4"],
+}
+
+
+def commands():
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith(("#", "make "))]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the checkout's scripts and configs, a JSON-lines file, and the pictures it names."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copytree(ROOT / "data_scripts", folder / "data_scripts")
+    lines = []
+    for i, sample in enumerate(tiny_samples(8)):
+        sample["image"].save(folder / f"{i}.png")
+        lines.append(json.dumps({**sample, "image": f"{i}.png"}) + "\n")
+    for name in ("train.jsonl", "test.jsonl"):
+        (folder / name).write_text("".join(lines))
+    Image.new("RGB", (64, 64), "red").save(folder / "photo.png")
+    return folder
+
+
+@pytest.mark.parametrize("command", commands())
+def test_readme_command(command, workplace, monkeypatch, capfd):
+    monkeypatch.chdir(workplace)
+    words = shlex.split(command)
+    if words[0] == "vl-mtl-lora":
+        words += SMALL.get(words[1], [])
+        call = main
+    else:
+        assert words[0] == "python", f"a README command that no test runs: {command}"
+        words = words[1:]
+        def call():
+            runpy.run_path(words[0], run_name="__main__")
+    monkeypatch.setattr(sys, "argv", words)
+    try:
+        call()
+    except SystemExit as stop:
+        assert not stop.code, (command, stop.code, capfd.readouterr().err[-2000:])
+
+
+def test_readme_python(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_quickstart_again_replaces_its_own_run(tmp_path, monkeypatch):
+    from vl_mtl_lora.data import examples
+    from vl_mtl_lora.quickstart import quickstart
+
+    few = examples.easy_vqa_samples
+    monkeypatch.setattr(examples, "easy_vqa_samples", lambda split: list(few(split))[:60])
+    captions = examples.easy_vqa_caption_samples
+    monkeypatch.setattr(examples, "easy_vqa_caption_samples", lambda split: list(captions(split))[:30])
+    emoji = examples.emoji_samples
+    monkeypatch.setattr(examples, "emoji_samples", lambda split: [s for s, _ in zip(emoji(split), range(40))])
+    options = ["train.steps=2", "train.eval_samples=10"]
+    for _ in range(2):
+        results = quickstart(tmp_path / "q", overrides=options)
+    assert {task: values["samples"] for task, values in results["tasks"].items()} == {
+        "retrieval": 40, "vqa": 60, "captioning": 30}
+    assert {"results.json", "report.md", "report.html", "best", "last"} <= {p.name for p in (tmp_path / "q").iterdir()}
+    assert (tmp_path / "q" / "report.html").read_text().count("<figure>") == 12
+    assert set(results["seconds"]) == {"shards", "training", "evaluation, zero-shot", "evaluation, adapted"}
