@@ -31,7 +31,7 @@ def test_defaults_kinds_from_names_and_paths_from_the_file(tmp_path):
 
 
 def test_overrides_are_yaml_values(tmp_path):
-    config = load_config(write(tmp_path, GOOD), ["train.steps=7", "train.lr=1.0e-2", "tasks.vqa.answers=[a, b]",
+    config = load_config(write(tmp_path, GOOD), ["train.steps=7", "train.lr=1e-2", "tasks.vqa.answers=[a, b]",
                                                  "backbone.pretrained=null"])
     assert (config.train.steps, config.train.lr, config.tasks["vqa"].answers) == (7, 0.01, ["a", "b"])
     assert config.backbone.pretrained is None
@@ -64,6 +64,9 @@ def test_all_mistakes_are_told_at_once_with_line_value_and_nearest_name(tmp_path
     ({"tasks": {}}, "at least 1"),
     ({"tasks": {"vqa": {"train": "a", "answer_by": "ranking"}}}, "needs the list `answers`"),
     ({"tasks": {"vqa": {"train": "a", "prompt": "what?"}}}, "must contain {question}"),
+    ({"tasks": {"vqa": {"train": "a", "prompt": "{question} {x}"}}}, "no other field"),
+    ({"tasks": {"vqa": {"train": "a", "answers": ["a", ""]}}}, "distinct and not empty"),
+    ({"tasks": {"vqa.v2": {"kind": "vqa", "train": "a"}}}, "vqa.v2"),
     ({"tasks": {"vqa": {"train": "a", "answerz": []}}}, "did you mean answers"),
     ({"tasks": {"vqa": {}}}, "tasks.vqa.train: missing"),
     ({"adapter": {"temperature": 0}}, "greater than 0"),
@@ -76,6 +79,11 @@ def test_impossible_values(change, message):
     data = {"out": "x", "backbone": {"name": "m"}, "tasks": {"vqa": {"train": "a"}}, **change}
     with pytest.raises(UserError, match=message):
         parse_config(data)
+
+
+def test_what_is_no_mapping():
+    with pytest.raises(UserError, match="config"):
+        parse_config([])
 
 
 @pytest.mark.parametrize("text,message", [

@@ -63,7 +63,7 @@ def test_written_samples_are_read_back(tmp_path):
     assert [s["samples"] for s in manifest["shards"]] == [4, 4, 4, 3]
     assert json.loads((tmp_path / "x.manifest.json").read_text()) == manifest
     source = Source("vqa", "vqa", expand_urls([str(tmp_path / "x-*.tar")]))
-    samples = list(read_samples(source, TASKS, pytest.fail))
+    samples = list(read_samples(source, TASKS, FaultLog(0.0)))
     assert [s.fields["question_id"] for s in samples] == list(range(5))
     assert decode_image(samples[1].image).getpixel((0, 0)) == (0, 255, 0)
 
@@ -83,6 +83,16 @@ def test_bad_samples_are_refused_when_written_and_leave_nothing(tmp_path, change
     with pytest.raises(UserError, match=message):
         write_shards([{**vqa(), "image": png(), **change}], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_writing_touches_no_other_set_and_leaves_no_old_manifest(tmp_path):
+    write_shards(tiny_samples(1), tmp_path, name="train-extra")
+    write_shards(tiny_samples(2), tmp_path, name="train", samples_per_shard=2)
+    broken = [*tiny_samples(1), {**vqa(), "image": b"no", "key": "x"}]
+    with pytest.raises(UserError):
+        write_shards(broken, tmp_path, name="train", samples_per_shard=2)
+    assert (tmp_path / "train-extra-000000.tar").exists() and (tmp_path / "train-extra.manifest.json").exists()
+    assert not (tmp_path / "train.manifest.json").exists()
 
 
 def test_jsonl_names_the_line(tmp_path):
@@ -130,7 +140,7 @@ def test_faults_are_counted_told_and_skipped(tmp_path, caplog):
         ("z.png", png()), ("z.json", vqa(5))])
     source = Source("vqa", "vqa", (str(tmp_path / "a.tar"),))
     faults = FaultLog(1.0)
-    batches = list(eval_batches(source, TASKS, to_tensor, rows=3, max_fault_share=1.0, faults=faults))
+    batches = list(eval_batches(source, TASKS, to_tensor, rows=3, faults=faults))
     assert [s.key for b in batches for s in b.samples] == ["0", "1", "2", "3", "z"]
     reasons = {f.key: f.reason for f in faults.faults}
     assert reasons.keys() == {"t", "m", "n", "j", "u", "d", "x"}
@@ -145,11 +155,11 @@ def test_too_many_faults_end_the_run_and_name_them(tmp_path, share, fatal):
     write_tar(tmp_path / "a.tar", [(f"{i}.{e}", d) for i in range(4) for e, d in (
         ("png", png()), ("json", vqa(i, question="" if i == 2 else "what?")))])
     source = Source("vqa", "vqa", (str(tmp_path / "a.tar"),))
-    passes = eval_batches(source, TASKS, to_tensor, rows=3, max_fault_share=share)
+    passes = eval_batches(source, TASKS, to_tensor, rows=3, faults=FaultLog(share))
     if not fatal:
         assert sum(len(b.samples) for b in passes) == 3
         return
-    with pytest.raises(UserError, match=r"1 of 4 samples of vqa.*max_fault_share(.|\n)*a\.tar: 2: field question"):
+    with pytest.raises(UserError, match=r"1 of 4 samples read for task vqa(.|\n)*a\.tar: 2: field question"):
         list(passes)
 
 
@@ -157,8 +167,20 @@ def test_too_many_faults_end_the_run_and_name_them(tmp_path, share, fatal):
 def test_too_many_faults_end_training_with_the_same_message(tmp_path, workers):
     write_tar(tmp_path / "a.tar", [("0.png", png()), ("0.json", vqa()), ("1.png", png()), ("1.json", b"x")])
     stream = BatchStream(quotas(tmp_path / "a.tar", rows=[2], tasks=["vqa"]))
-    with pytest.raises(UserError, match=r"^1 of 2 samples of vqa"):
+    with pytest.raises(UserError, match=r"^1 of 2 records read for task vqa"):
         take(stream, 3, workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_pictures_end_training_whatever_the_number_of_processes(tmp_path, workers):
+    write_tar(tmp_path / "a.tar", [(f"{i}.{e}", d) for i in range(10) for e, d in (
+        ("png", b"broken" if i == 1 else png()), ("json", vqa(i)))])
+    stream = BatchStream(quotas(tmp_path / "a.tar", rows=[5], tasks=["vqa"]), max_fault_share=0.06)
+    with pytest.raises(UserError, match=r"pictures read for task vqa.*(.|\n)*a\.tar: 1: image cannot be decoded"):
+        take(stream, 12, workers)
+    stream = BatchStream(quotas(tmp_path / "a.tar", rows=[5], tasks=["vqa"]), max_fault_share=0.3)
+    batches = take(stream, 8, workers)
+    assert {f.key for b in batches for f in b.faults} == {"1"} and all(len(b.images) == 5 for b in batches)
 
 
 def test_a_picture_that_cannot_be_decoded_keeps_the_quota(tmp_path):
@@ -174,10 +196,10 @@ def test_a_truncated_shard_gives_what_it_holds(tmp_path):
     write_tar(tmp_path / "a.tar", [(f"{i}.{e}", d) for i in range(6) for e, d in (("png", png()), ("json", vqa(i)))])
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data[:5 * 512 * 4 + 700])
-    met = []
-    samples = list(read_samples(Source("vqa", "vqa", (str(tmp_path / "a.tar"),)), TASKS, met.append))
+    faults = FaultLog(1.0)
+    samples = list(read_samples(Source("vqa", "vqa", (str(tmp_path / "a.tar"),)), TASKS, faults))
     assert [s.key for s in samples] == ["0", "1", "2", "3", "4"]
-    assert any("cannot be read on" in f.reason for f in met)
+    assert any("cannot be read on" in f.reason for f in faults.faults)
 
 
 def test_shards_without_the_task_are_not_opened(tmp_path, monkeypatch):
@@ -189,11 +211,11 @@ def test_shards_without_the_task_are_not_opened(tmp_path, monkeypatch):
     read = module._read_shard
     monkeypatch.setattr(module, "_read_shard", lambda url, *rest: opened.update([url[-8:]]) or read(url, *rest))
     source = Source("captioning", "captioning", expand_urls([str(tmp_path / "x-*.tar")]))
-    assert len(list(read_samples(source, TASKS, pytest.fail))) == 2 and opened == {"0001.tar": 1}
+    assert len(list(read_samples(source, TASKS, FaultLog(0.0)))) == 2 and opened == {"0001.tar": 1}
     # An unknown tag must be met, though the manifest says that the task is not there.
-    met = []
-    assert len(list(read_samples(source, ["captioning"], met.append))) == 2
-    assert [f.reason.split(";")[0] for f in met] == ["unknown task 'vqa'"] * 2
+    faults = FaultLog(1.0)
+    assert len(list(read_samples(source, ["captioning"], faults))) == 2
+    assert [f.reason.split(";")[0] for f in faults.faults] == ["unknown task 'vqa'"] * 2
 
 
 @pytest.mark.parametrize("format,captions", [
@@ -201,7 +223,7 @@ def test_shards_without_the_task_are_not_opened(tmp_path, monkeypatch):
 def test_other_layouts_are_read_as_they_are(tmp_path, format, captions):
     write_tar(tmp_path / "a.tar", [("s/0.jpg", png()), ("s/0.txt", b"a dog\na cat"), ("s/0.json", {"width": 8})])
     source = Source("retrieval", "retrieval", (str(tmp_path / "a.tar"),), format)
-    samples = list(read_samples(source, TASKS, pytest.fail))
+    samples = list(read_samples(source, TASKS, FaultLog(0.0)))
     assert [s.fields["captions"] for s in samples] == captions and samples[0].image_id == "s/0"
 
 
@@ -219,13 +241,13 @@ def test_patterns(tmp_path):
 def test_no_sample_of_a_task_is_an_error(tiny_shards):
     source = Source("vqq", "vqa", expand_urls([str(tiny_shards / "mixed-*.tar")]))
     with pytest.raises(UserError, match="no sample of task 'vqq'"):
-        list(eval_batches(source, TASKS, to_tensor, rows=2, max_fault_share=1.0))
+        list(eval_batches(source, [*TASKS, "vqq"], to_tensor, rows=2, faults=FaultLog()))
 
 
 def test_a_picture_shown_by_several_samples_is_decoded_once(tmp_path):
     write_shards([{**vqa(i), "image_id": i // 3, "image": png()} for i in range(6)], tmp_path)
     source = Source("vqa", "vqa", expand_urls([str(tmp_path / "shard-*.tar")]))
-    (batch,) = eval_batches(source, TASKS, to_tensor, rows=10, max_fault_share=0.0)
+    (batch,) = eval_batches(source, TASKS, to_tensor, rows=10, faults=FaultLog(0.0))
     assert len(batch.images) == 2 and batch.image_rows.tolist() == [0, 0, 0, 1, 1, 1]
 
 

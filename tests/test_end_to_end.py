@@ -1,5 +1,6 @@
 """The README's commands and Python example, run as they stand there, with few steps."""
 
+import itertools
 import json
 import re
 import runpy
@@ -17,7 +18,7 @@ from vl_mtl_lora.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
 SMALL = {
-    "quickstart": ["train.steps=2", "data.eval_batch=64"],
+    "quickstart": ["train.steps=2", "data.shuffle=20", "tasks.captioning.num_beams=1"],
     "train": ["backbone.name=micro-clip", "backbone.pretrained=null", "train.steps=2", "data.workers=0",
               "train.precision=float32", "tasks.retrieval.rows=4", "tasks.vqa.rows=4", "tasks.captioning.rows=4"],
 }
@@ -29,7 +30,22 @@ def commands():
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def few_examples(patch):
+    """The quickstart's data sets, cut to their first samples."""
+    from vl_mtl_lora.data import examples
+
+    for name, count in (("easy_vqa_samples", 60), ("easy_vqa_caption_samples", 30), ("emoji_samples", 40)):
+        whole = getattr(examples, name)
+        patch.setattr(examples, name, lambda split, whole=whole, count=count: itertools.islice(whole(split), count))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, monkeypatch_module):
     """A folder with the checkout's scripts and configs, a JSON-lines file, and the pictures it names."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "configs", folder / "configs")
@@ -40,6 +56,7 @@ def workplace(tmp_path_factory):
         lines.append(json.dumps({**sample, "image": f"{i}.png"}) + "\n")
     for name in ("train.jsonl", "test.jsonl"):
         (folder / name).write_text("".join(lines))
+    few_examples(monkeypatch_module)
     Image.new("RGB", (64, 64), "red").save(folder / "photo.png")
     return folder
 
@@ -70,15 +87,9 @@ def test_readme_python(workplace, monkeypatch):
 
 
 def test_quickstart_again_replaces_its_own_run(tmp_path, monkeypatch):
-    from vl_mtl_lora.data import examples
     from vl_mtl_lora.quickstart import quickstart
 
-    few = examples.easy_vqa_samples
-    monkeypatch.setattr(examples, "easy_vqa_samples", lambda split: list(few(split))[:60])
-    captions = examples.easy_vqa_caption_samples
-    monkeypatch.setattr(examples, "easy_vqa_caption_samples", lambda split: list(captions(split))[:30])
-    emoji = examples.emoji_samples
-    monkeypatch.setattr(examples, "emoji_samples", lambda split: [s for s, _ in zip(emoji(split), range(40))])
+    few_examples(monkeypatch)
     options = ["train.steps=2", "train.eval_samples=10"]
     for _ in range(2):
         results = quickstart(tmp_path / "q", overrides=options)

@@ -28,6 +28,11 @@ def test_equal_scores_are_no_hit():
     assert recall_at_k(same, same, torch.arange(4), torch.arange(4), ks=(1, 3, 4)) == {1: 0.0, 3: 0.0, 4: 1.0}
 
 
+def test_embeddings_that_are_no_numbers_hit_nothing():
+    broken = torch.full((4, 3), float("nan"))
+    assert recall_at_k(broken, broken, torch.arange(4), torch.arange(4), ks=(1, 3)) == {1: 0.0, 3: 0.0}
+
+
 def test_retrieval_metrics_go_both_ways_in_per_cent():
     images, texts = torch.eye(3), torch.eye(3)[[0, 0, 1, 2, 1]]  # the last caption belongs to image 2
     metrics = retrieval_metrics(images, torch.tensor([7, 8, 9]), texts, torch.tensor([7, 7, 8, 9, 9]))
@@ -51,6 +56,8 @@ def test_vqa_accuracy():
     assert vqa_accuracy("The cat!", ["cat"] * 10) == 0.0  # the official script's quirk
     assert vqa_accuracy("The cat!", ["cat"] * 10, "lenient") == 1.0
     assert vqa_accuracy("red", ["red"]) == 1.0 and vqa_accuracy("blue", ["red"]) == 0.0
+    assert vqa_accuracy("paris", ["Paris"]) == 1.0 and vqa_accuracy("red", ["red", "red"]) == 1.0
+    assert vqa_accuracy("red", ["red", "red", "blue", "green"]) == pytest.approx((1 / 3 + 1 / 3 + 2 / 3 + 2 / 3) / 4)
 
 
 def test_caption_metrics_equal_the_scorers():

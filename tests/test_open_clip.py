@@ -1,6 +1,8 @@
 """The open_clip backbone against the untouched library model."""
 
 import copy
+import json
+import shutil
 
 import open_clip
 import pytest
@@ -85,11 +87,12 @@ def test_mixed_rows_equal_tasks_run_alone_in_both_towers(tiny_backbone, images):
 
 
 def test_off_is_the_frozen_model_bit_for_bit(tiny_backbone, images):
-    backbone = tiny_backbone()
+    untouched, backbone = tiny_backbone(), tiny_backbone()
     router = TaskRouter(["a"])
     summary = inject(backbone, AdapterConfig(rank=4), router)
     with torch.no_grad(), router.off():
         fresh = backbone.encode_image(images)
+        torch.testing.assert_close(fresh, untouched.model.encode_image(images, normalize=True), atol=1e-6, rtol=0)
         randomize(summary)
         assert torch.equal(backbone.encode_image(images), fresh)
     with torch.no_grad(), router.use("a"):
@@ -147,10 +150,20 @@ def test_texts_survive_the_codec(tiny_backbone):
     ({"library": "open_clip", "name": "ViT-B-32", "randomweights": True}, "no option"),
     ({"library": "open_clip", "name": "local-dir:/nowhere"}, "could not load"),
     ({"library": "open_clip", "name": "RN50", "random_weights": True}, "ModifiedResNet"),
+    ({"library": "open_clip", "name": "ViT-B-32-quickgelu", "pretrained": "laion2b_s34b_b79k"}, "nor a tag|take ViT"),
 ])
 def test_what_cannot_be_loaded_is_said_in_one_line(arguments, message):
     with pytest.raises(UserError, match=message):
         load_backbone(**arguments)
+
+
+def test_a_text_tower_that_is_not_causal_is_refused(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "clip")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["no_causal_mask"] = True
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="not causal"):
+        load_backbone("open_clip", f"local-dir:{folder}")
 
 
 def test_a_local_checkpoint_file_is_loaded(tmp_path):
@@ -167,6 +180,35 @@ def test_a_local_checkpoint_file_is_loaded(tmp_path):
     finally:
         del open_clip.factory._MODEL_CONFIGS["tiny-for-test"]
     assert torch.equal(backbone.model.visual.proj, model.visual.proj)
+
+
+def test_the_activation_follows_the_weights():
+    from vl_mtl_lora.backbones.open_clip import _activation
+
+    assert _activation("ViT-B-32", "openai") == {"force_quick_gelu": True}
+    assert _activation("ViT-B-32", "laion2b_s34b_b79k") == {} == _activation("ViT-B-32", "weights.pt")
+
+
+def test_adapters_take_over_the_mode_and_dropout_is_off_in_evaluation(tiny_backbone, images):
+    backbone = tiny_backbone()
+    router = TaskRouter(["a"])
+    randomize(inject(backbone, AdapterConfig(rank=4, dropout=0.5), router))
+    with torch.no_grad(), router.use("a"):
+        assert torch.equal(backbone.encode_image(images), backbone.encode_image(images))
+
+
+def test_a_failed_inject_leaves_a_backbone_that_can_be_used(tiny_backbone):
+    backbone = tiny_backbone()
+    with pytest.raises(UserError):
+        inject(backbone, AdapterConfig(targets=["nothing"]), TaskRouter(["a"]))
+    inject(backbone, AdapterConfig(), TaskRouter(["a"]))
+
+
+def test_an_unknown_tower_is_refused_once_the_towers_are_known(tiny_backbone):
+    router = TaskRouter(["a"])
+    inject(tiny_backbone(), AdapterConfig(), router)
+    with pytest.raises(UserError, match="did you mean text"):
+        router.use(txt="a")
 
 
 def randomize(summary):

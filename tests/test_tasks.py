@@ -41,7 +41,8 @@ def test_contrastive_loss_shares_the_mass_among_captions_of_one_image():
             logp = (5.0 * items @ queries[i]).log_softmax(0)
             right = [j for j in range(4) if groups[j] == groups[i]]
             total -= sum(logp[j] for j in right) / len(right) / 8
-    got = contrastive_loss(image, text, torch.tensor(groups), torch.tensor(5.0))
+    positives = torch.tensor(groups)[:, None] == torch.tensor(groups)
+    got = contrastive_loss(image, text, positives, torch.tensor(5.0))
     torch.testing.assert_close(got.double(), total, atol=1e-6, rtol=1e-6)
 
 
@@ -57,7 +58,9 @@ def test_next_token_inputs_supervise_target_and_end_alone(tiny_backbone):
 def test_a_prompt_too_long_is_cut_and_the_answer_kept(tiny_backbone):
     text = tiny_backbone().text
     inputs = next_token_inputs(text, ["red " * 50], ["blue"])
-    assert inputs["tokens"].shape[1] == text.context_length - 1 and len(inputs["labels"]) == 2
+    assert inputs["tokens"].shape[1] == text.context_length - 1
+    assert inputs["labels"].tolist() == [*text.ids(["blue"])[0], text.eos_id]
+    assert inputs["positions"].tolist() == [text.context_length - 3, text.context_length - 2]
 
 
 @pytest.mark.parametrize("kind,fields", [
@@ -189,6 +192,15 @@ def test_generation_of_a_mixed_batch_equals_each_task_alone(tiny_backbone, image
         with router.use(name):
             alone = backbone.generate(images[row:row + 1], prompts[row:row + 1], max_new_tokens=4, num_beams=3)
         assert alone == [mixed[row]]
+
+
+def test_what_a_row_says_does_not_depend_on_its_neighbours(tiny_backbone, images):
+    backbone = tiny_backbone()
+    long = "red " * 27
+    with torch.no_grad():
+        alone = backbone.generate(images[:1], ["a"], max_new_tokens=10)
+        assert backbone.generate(images, ["a", long, ""], max_new_tokens=10)[:1] == alone
+        backbone.generate(images[:1], ["red " * 50], max_new_tokens=3)  # cut to what the context holds
 
 
 def test_image_states_slice_by_rows():

@@ -1,5 +1,6 @@
 """Training, resuming, saving and loading on the tiny model."""
 
+import copy
 import json
 import signal
 
@@ -53,10 +54,11 @@ def test_training_lowers_every_loss_and_leaves_the_base_alone(tiny_config):
     assert any("valid/vqa/accuracy" in entry for entry in entries)
 
 
-@pytest.mark.parametrize("dropout,accumulate", [(0.0, 1), (0.2, 2)])
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tiny_config, tmp_path, dropout, accumulate):
+@pytest.mark.parametrize("dropout,accumulate,workers", [(0.0, 1, 0), (0.2, 2, 0), (0.2, 1, 2)])
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tiny_config, tmp_path, dropout, accumulate, workers):
     config = tiny_config(steps=6, save_every=3, accumulate=accumulate)
-    config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"dropout": dropout})})
+    config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"dropout": dropout}),
+                                       "data": config.data.model_copy(update={"workers": workers})})
     straight = losses_of(config)
     broken = config.model_copy(update={"out": str(tmp_path / "broken")})
 
@@ -75,6 +77,27 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tiny_config, tmp_p
     with open(f"{broken.out}/log.jsonl") as log:
         steps = [json.loads(line)["step"] for line in log if "lr" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resume_that_would_shift_the_stream_or_the_formula_is_refused(tiny_config):
+    config = tiny_config(steps=2)
+    train(config)
+    changes = {"train.seed was 0": {"train": config.train.model_copy(update={"seed": 1})},
+               "data.shuffle was 10": {"data": config.data.model_copy(update={"shuffle": 3})},
+               "adapters have alpha 8": {"adapter": config.adapter.model_copy(update={"alpha": 9.0})}}
+    for message, change in changes.items():
+        with pytest.raises(UserError, match=message):
+            train(config.model_copy(update=change), resume=True)
+
+
+def test_periodic_evaluation_is_logged_and_chooses_the_best(tiny_config):
+    config = tiny_config(steps=4, eval_every=2)
+    train(config)
+    with open(f"{config.out}/log.jsonl") as log:
+        scores = {e["step"]: e["valid/score"] for e in map(json.loads, log) if "valid/score" in e}
+    assert scores.keys() == {2, 4}
+    with open(f"{config.out}/best/results.json") as best:
+        assert json.load(best)["primary_score"] == max(scores.values())
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_config):
@@ -113,7 +136,7 @@ def test_resume_without_a_run_is_an_error(tiny_config):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tiny_config):
-    with pytest.raises(UserError, match="the loss is (nan|inf).*lower train.lr"):
+    with pytest.raises(UserError, match="the gradient is (nan|inf).*lower train.lr"):
         train(tiny_config(steps=30, lr=1e30, clip=1e30, warmup=0))
 
 
@@ -125,6 +148,7 @@ def test_checkpointing_gives_the_same_gradients_with_nested_routes(tiny_config):
         randomize(model.summary)
     again.load_state_dict(plain.state_dict())
     checkpoint_blocks(again)
+    again = copy.deepcopy(again)  # a copy checkpoints its own blocks
     batch = first_batch(config, plain)
     expected = total_gradients(plain, batch)
     with again.router.use("captioning"):  # an outer route that the blocks must not see when they run again
@@ -223,6 +247,14 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     factors = [learning_rate_factor(s, 4, 12) for s in range(13)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert factors[8] == pytest.approx(0.5) and factors[12] == pytest.approx(0.0)
+
+
+def test_a_layer_that_no_task_reads_is_no_place(tiny_config):
+    config = tiny_config()
+    config = config.model_copy(update={"tasks": {"retrieval": config.tasks["retrieval"]}})
+    model = build_model(config)
+    assert "projector" not in model.summary.layers
+    check_gradients(model)
 
 
 def test_a_dead_target_is_named(tiny_config):

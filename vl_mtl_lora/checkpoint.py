@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -83,6 +84,11 @@ def load_checkpoint(folder: str | Path, model: MultiTaskModel) -> dict:
     if description["base"] != fingerprint(model):
         raise UserError(f"{folder}: the adapters were trained on another base "
                         f"({description['config']['backbone']}); load that one")
+    saved, own = description["config"]["adapter"], asdict(model.summary.config)
+    for name in ("rank", "alpha", "num_up", "temperature", "transform"):
+        if saved[name] != own[name]:
+            raise UserError(f"{folder}: its adapters have {name} {saved[name]}, the model's {own[name]}; with another "
+                            "value they would compute something else")
     loaded = [(model.adapter_state(), folder / "adapter_model.safetensors"),
               (model.head_state(), folder / "heads.safetensors")]
     checked = [(own, _load(own, path)) for own, path in loaded]
@@ -93,16 +99,18 @@ def load_checkpoint(folder: str | Path, model: MultiTaskModel) -> dict:
     return description
 
 
-def load_run(folder: str | Path) -> tuple[MultiTaskModel, RunConfig]:
-    """Builds the model that a checkpoint was saved from, and loads it.
+def load_run(folder: str | Path, device: str | torch.device | None = None) -> tuple[MultiTaskModel, RunConfig]:
+    """Builds the model that a checkpoint was saved from, and loads it, ready for evaluation.
 
     folder: a checkpoint, or a run, of which the best checkpoint is taken, else the last.
+    device: where to put the model; None: a GPU where there is one.
     """
     folder = find_checkpoint(folder)
     config = parse_config(read_description(folder)["config"], where=lambda loc: f"{folder}/adapter_config.json")
     model = build_model(config)
     load_checkpoint(folder, model)
-    return model, config
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), config
 
 
 def find_checkpoint(folder: str | Path) -> Path:

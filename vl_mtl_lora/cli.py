@@ -63,12 +63,13 @@ def evaluate(run: Run, split: Split = "test", limit: Limit = None,
 @app.command()
 def compare(run: Run, split: Split = "test", limit: Limit = None):
     """Evaluates a run zero-shot and adapted; writes results.json, report.md and report.html."""
+    from vl_mtl_lora.checkpoint import find_checkpoint
     from vl_mtl_lora.compare import compare as both
     from vl_mtl_lora.report import text_table
 
     _check_split(split)
     print(text_table(both(run, split, limit)))
-    print(f"\nreport: {run / 'report.html'}")
+    print(f"\nreport: {find_checkpoint(run).parent / 'report.html'}")
 
 
 @app.command()
@@ -108,8 +109,8 @@ def inspect(config: Config, overrides: Overrides = None):
 
 
 def _check_split(split: str) -> None:
-    if split not in ("test", "valid", "train"):
-        raise UserError(f"--split: unknown split {split!r}", near=(split, ("test", "valid", "train")))
+    if split not in ("test", "valid"):  # never a report on what was trained on
+        raise UserError(f"--split: unknown split {split!r}", near=(split, ("test", "valid")))
 
 
 def main() -> None:

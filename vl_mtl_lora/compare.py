@@ -1,12 +1,13 @@
 """Both arms of a run over its test shards, and the report on them."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vl_mtl_lora.checkpoint import find_checkpoint, load_run, read_description
-from vl_mtl_lora.data.reader import FaultLog
-from vl_mtl_lora.evaluate import Evaluation, evaluate_task, sources
+from vl_mtl_lora.data.reader import FaultLog, Source, read_samples
+from vl_mtl_lora.data.shards import Sample
+from vl_mtl_lora.evaluate import Evaluation, build_sources, evaluate_task
 from vl_mtl_lora.report import pick_examples, read_log, results_dict, write_report
 
 
@@ -15,30 +16,39 @@ def compare(run: str | Path, split: str = "test", limit: int | None = None,
     """Evaluates a run's tasks zero-shot and adapted, writes results.json, report.md and report.html into its folder.
 
     Args:
-        run: a run's folder or a checkpoint.
+        run: a run's folder, or a checkpoint in one.
         limit: the most samples of each task.
         seconds: stages timed before, for the report.
 
     Returns:
         The content of results.json.
     """
-    run = Path(run)
     checkpoint = find_checkpoint(run)
+    folder = checkpoint.parent  # a checkpoint has a results.json of its own
     model, config = load_run(checkpoint)
     seconds = dict(seconds or {})
     arms: dict[str, dict[str, Evaluation]] = {}
-    faults = FaultLog(config.data.max_fault_share)
+    sources = build_sources(config, split)
     for arm in ("zero_shot", "adapted"):
         start = time.perf_counter()
-        arms[arm] = {name: evaluate_task(model, name, source, zero_shot=arm == "zero_shot", limit=limit, faults=faults,
-                                         **options) for name, source, options in sources(config, split)}
+        arms[arm] = {name: evaluate_task(model, name, source, zero_shot=arm == "zero_shot", limit=limit, **options)
+                     for name, source, options in sources}
         seconds[f"evaluation, {arm.replace('_', '-')}"] = time.perf_counter() - start
     frozen = sum(p.numel() for p in model.backbone.parameters() if not p.requires_grad)
     about = {"base": config.backbone.name, "rank": config.adapter.rank, "modules": sum(model.summary.modules.values()),
              "trainable": model.summary.total, "share": 100.0 * model.summary.total / frozen,
              "steps": read_description(checkpoint)["step"], "checkpoint": checkpoint.name}
     results = results_dict(arms["zero_shot"], arms["adapted"], run=about, split=split, seconds=seconds,
-                                  faults=faults.report())
-    examples = pick_examples(model.tasks, arms["zero_shot"], arms["adapted"])
-    write_report(run, results, examples, read_log(run))
+                                  faults=[fault for *_, options in sources for fault in options["faults"].report()])
+    by_task = {name: source for name, source, _ in sources}
+    examples = pick_examples(model.tasks, arms["zero_shot"], arms["adapted"],
+                             lambda sample: _picture(sample, by_task[sample.task], config.data.ignore_tasks))
+    write_report(folder, results, examples, read_log(folder))
     return results
+
+
+def _picture(sample: Sample, source: Source, ignored: Sequence[str]) -> bytes:
+    """Reads one sample's image from its shard again."""
+    tags = [source.task, sample.task, *ignored]
+    found = read_samples(source, tags, FaultLog(1.0, quiet=True), [sample.shard])
+    return next(again.image for again in found if again.key == sample.key)

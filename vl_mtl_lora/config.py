@@ -1,5 +1,7 @@
 """The typed description of a run, read from strict YAML; all mistakes are reported at once, each with its line."""
 
+import re
+import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,11 +74,17 @@ class VQASection(_TaskSection):
     def _needs_answers(self):
         if self.answer_by in ("ranking", "classification") and not self.answers:
             raise ValueError(f"answer_by: {self.answer_by} needs the list `answers`")
-        if "{question}" not in self.prompt:
-            raise ValueError("prompt must contain {question}")
-        if "{question}" not in self.zero_shot_prompt or "{answer}" not in self.zero_shot_prompt:
-            raise ValueError("zero_shot_prompt must contain {question} and {answer}")
+        _check_template("prompt", self.prompt, "question")
+        _check_template("zero_shot_prompt", self.zero_shot_prompt, "question", "answer")
+        if len(set(self.answers)) < len(self.answers) or not all(answer.strip() for answer in self.answers):
+            raise ValueError("answers must be distinct and not empty")
         return self
+
+
+def _check_template(name: str, template: str, *fields: str) -> None:
+    used = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+    if used != set(fields):
+        raise ValueError(f"{name} must contain {' and '.join('{' + f + '}' for f in fields)} and no other field")
 
 
 class CaptioningSection(_TaskSection):
@@ -88,6 +96,14 @@ class CaptioningSection(_TaskSection):
 
 _KINDS = {"retrieval": RetrievalSection, "vqa": VQASection, "captioning": CaptioningSection}
 TaskSection = Annotated[RetrievalSection | VQASection | CaptioningSection, Field(discriminator="kind")]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 3e-4 for a text, since it has no point; this takes it for the number that it is."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"),
+                              list("-+0123456789"))
 
 
 class DataSection(_Strict):
@@ -120,7 +136,7 @@ class RunConfig(_Strict):
     out: str  # the run's folder
     backbone: BackboneConfig
     adapter: AdapterSection = AdapterSection()
-    tasks: dict[str, TaskSection] = Field(min_length=1)
+    tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], TaskSection] = Field(min_length=1)
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
 
@@ -147,8 +163,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config {path}: {error}") from error
     try:
-        node = yaml.compose(text, yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        node = yaml.compose(text, _Loader)
+        data = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
@@ -193,7 +209,7 @@ def apply_override(data: dict, override: str) -> None:
         if not isinstance(data, dict):
             raise UserError(f"override {override!r}: {parent} is not a section")
     try:
-        data[last] = yaml.safe_load(value)
+        data[last] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
 
@@ -220,7 +236,7 @@ def _nearest(lines: dict[tuple, int], loc: tuple) -> int | None:
 
 def _describe(mistake: dict, where, data: dict) -> str:
     # Tags of the task union are no keys of the file.
-    raw = mistake["loc"]
+    raw = mistake["loc"] or ("config",)
     loc = (*raw[:2], *raw[3:]) if raw[0] == "tasks" and len(raw) > 2 and raw[2] in _KINDS else raw
     key, value = ".".join(map(str, loc)), mistake.get("input")
     place = where(loc)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from vl_mtl_lora.model import MultiTaskModel
 
 @dataclass
 class Evaluation:
-    """One task under one arm: every sample, its prediction, and the metrics over all."""
+    """One task under one arm: every sample (without its picture), its prediction, and the metrics over all."""
 
     samples: list[Sample]
     predictions: list[Any]
@@ -27,20 +27,21 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_task(model: MultiTaskModel, name: str, source: Source, *, zero_shot: bool, rows: int = 64,
-                  max_fault_share: float = 0.01, known_tasks: tuple[str, ...] = (), limit: int | None = None,
+                  known_tasks: tuple[str, ...] = (), limit: int | None = None,
                   faults: FaultLog | None = None) -> Evaluation:
     """Evaluates one task on one source, each sample once.
 
     Args:
         zero_shot: adapters off and the task's zero-shot way of answering, instead of adapters on.
-        rows: samples per batch. limit: the most samples to take.
+        rows: samples per batch. limit: the most samples to take. known_tasks: other tags that may occur.
+        faults: counts what cannot be used.
     """
     model.eval()
     task, backbone = model.tasks[name], model.backbone
     samples: list[Sample] = []
     predictions: list[Any] = []
     batches = eval_batches(source, [*model.router.task_names, *known_tasks], backbone.preprocess(False), rows=rows,
-                           max_fault_share=max_fault_share, limit=limit, faults=faults)
+                           faults=faults or FaultLog(), limit=limit)
     arm = "zero-shot" if zero_shot else "adapted"
     with tqdm(desc=f"{name}, {arm}", unit="sample", dynamic_ncols=True, leave=False) as bar:
         for batch in batches:
@@ -49,7 +50,7 @@ def evaluate_task(model: MultiTaskModel, name: str, source: Source, *, zero_shot
                 states = type(states)(*(None if part is None else part[batch.image_rows.to(part.device)]
                                         for part in states))
                 predictions += task.predict(backbone, states, batch.samples, zero_shot)
-            samples += batch.samples
+            samples += [replace(sample, image=b"") for sample in batch.samples]  # pictures would fill the memory
             bar.update(len(batch.samples))
     return Evaluation(samples, predictions, task.score(predictions, samples))
 
@@ -58,10 +59,10 @@ def evaluate_tasks(model: MultiTaskModel, config: RunConfig, *, split: str = "te
                    limit: int | None = None) -> dict[str, dict[str, float]]:
     """Metrics of every task that has shards for the split: {task: {metric: value}}."""
     return {name: evaluate_task(model, name, source, zero_shot=zero_shot, limit=limit, **options).metrics
-            for name, source, options in sources(config, split)}
+            for name, source, options in build_sources(config, split)}
 
 
-def sources(config: RunConfig, split: str):
+def build_sources(config: RunConfig, split: str) -> list[tuple[str, Source, dict]]:
     """(task, source, options of `evaluate_task`) for every task that has shards for the split.
 
     Raises:
@@ -72,7 +73,7 @@ def sources(config: RunConfig, split: str):
         if getattr(task, split):
             source = build_source(name, task, split)
             found.append((name, source, {"rows": config.data.eval_batch, "known_tasks": tuple(config.data.ignore_tasks),
-                                         "max_fault_share": config.data.max_fault_share}))
+                                         "faults": FaultLog(config.data.max_fault_share)}))
     if not found:
         raise UserError(f"no task of the config has {split} shards: add tasks.NAME.{split}")
     return found

@@ -9,7 +9,7 @@ Shape letters: S output slices, T tasks, N up-projections, R rank, I in, O out.
 
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +51,7 @@ class MTLLoRALinear(nn.Module):
                  num_up: int = 3, temperature: float = 0.5, dropout: float = 0.0, splits: int = 1,
                  transform: str = "full"):
         super().__init__()
+        base.requires_grad_(False)
         for name, value in (("rank", rank), ("num_tasks", num_tasks), ("num_up", num_up), ("splits", splits)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
@@ -118,9 +119,10 @@ class MTLLoRALinear(nn.Module):
     def _task_up(self, tasks: slice) -> Tensor:
         """(S, T, R, O/S): scale * Lambda_t^T sum_i softmax(w_t / tau)_i B_i^T, what a row's A x is multiplied by."""
         with torch.autocast(self.up.device.type, enabled=False):
-            weights = F.softmax(self.mix[:, tasks] / self.temperature, dim=-1)
-            mixed = torch.einsum("stn,snro->stro", weights * self.scale, self.up)
-            transform = self.transform[:, tasks]
+            dtype = torch.promote_types(self.mix.dtype, torch.float32)  # also after model.half()
+            weights = F.softmax(self.mix[:, tasks].to(dtype) / self.temperature, dim=-1)
+            mixed = torch.einsum("stn,snro->stro", weights * self.scale, self.up.to(dtype))
+            transform = self.transform[:, tasks].to(dtype)
             if transform.dim() == 3:
                 return transform.unsqueeze(-1) * mixed
             return transform.transpose(-1, -2) @ mixed
@@ -169,6 +171,7 @@ class AdapterConfig:
 class AdapterSummary:
     """What `inject` did: per tower the modules matched and the trainable parameters, and each layer by logical name."""
 
+    config: AdapterConfig = field(default_factory=AdapterConfig)
     modules: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     layers: dict[str, MTLLoRALinear] = field(default_factory=dict)
@@ -183,10 +186,12 @@ class AdapterSummary:
         return "\n".join([*lines, f"total: {self.total:,} trainable parameters"])
 
 
-def inject(backbone: Backbone, config: AdapterConfig, router: TaskRouter) -> AdapterSummary:
+def inject(backbone: Backbone, config: AdapterConfig, router: TaskRouter,
+           needs: Set[str] | None = None) -> AdapterSummary:
     """Freezes the backbone and puts an MTL-LoRA layer on every place that a target matches.
 
-    The outputs stay what they were until the first optimizer step.
+    The outputs stay what they were until the first optimizer step. `needs`: the capabilities that will be used, all
+    where None; a layer that none of them reads would never learn and is no place.
 
     Raises:
         UserError: a target that matches nothing, or a value that the layer refuses.
@@ -194,7 +199,7 @@ def inject(backbone: Backbone, config: AdapterConfig, router: TaskRouter) -> Ada
     if any(isinstance(module, MTLLoRALinear) for module in backbone.modules()):
         raise UserError("the backbone already has adapters: load it again to inject others")
     freeze(backbone)
-    places = backbone.places()
+    places = backbone.places(backbone.capabilities if needs is None else needs)
     chosen: list[Place] = []
     for target in config.targets:
         matched = [place for place in places if _matches(target, place)]
@@ -204,13 +209,16 @@ def inject(backbone: Backbone, config: AdapterConfig, router: TaskRouter) -> Ada
                             f"in blocks 0-{max(p.block for p in places)}", near=(target, names))
         chosen += [place for place in matched if place not in chosen]
     backbone.router = router
-    summary = AdapterSummary(modules=dict.fromkeys(backbone.towers, 0), parameters=dict.fromkeys(backbone.towers, 0))
+    router.towers = frozenset(backbone.towers)
+    zero = dict.fromkeys(backbone.towers, 0)
+    summary = AdapterSummary(config=config, modules=dict(zero), parameters=dict(zero))
     for place in chosen:
         layer = MTLLoRALinear(
             getattr(place.parent, place.attribute), router, tower=place.tower, rank=config.rank, alpha=config.alpha,
             num_tasks=len(router.task_names), num_up=config.num_up, temperature=config.temperature,
             dropout=config.dropout, splits=place.splits, transform=config.transform)
         layer.name = place.name
+        layer.train(backbone.training)
         setattr(place.parent, place.attribute, layer)
         summary.layers[place.name] = layer
         summary.modules[place.tower] += 1

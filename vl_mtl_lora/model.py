@@ -1,5 +1,7 @@
 """Backbone, router, adapters and task heads as one module: `forward(batch) -> losses`."""
 
+from types import MethodType
+
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from vl_mtl_lora.data.stream import Batch
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.lora import AdapterConfig, AdapterSummary, inject
 from vl_mtl_lora.routing import TaskRouter
-from vl_mtl_lora.tasks import build_tasks
+from vl_mtl_lora.tasks import build_tasks, task_needs
 
 
 class MultiTaskModel(nn.Module):
@@ -60,17 +62,18 @@ def build_model(config: RunConfig, random_weights: bool = False) -> MultiTaskMod
                              None if random_weights else config.backbone.pretrained, **options)
     router = TaskRouter(list(config.tasks))
     tasks = build_tasks(config.tasks, backbone)
-    summary = inject(backbone, AdapterConfig(**config.adapter.model_dump()), router)
+    summary = inject(backbone, AdapterConfig(**config.adapter.model_dump()), router, task_needs(tasks))
     return MultiTaskModel(backbone, router, tasks, summary)
 
 
 def check_gradients(model: MultiTaskModel) -> None:
-    """Runs one backward pass through all that the backbone can do.
+    """Runs one backward pass through all that the tasks use of the backbone.
 
     Raises:
         UserError: an adapter got no gradient, so its layer is never called or leads nowhere; names every such layer.
     """
     backbone = model.backbone
+    needs = task_needs(model.tasks)
     tasks = len(model.router.task_names)
     picture = Image.effect_noise((256, 256), 64).convert("RGB")
     images = torch.stack([backbone.preprocess(False)(picture)] * tasks).to(backbone.device)
@@ -78,12 +81,12 @@ def check_gradients(model: MultiTaskModel) -> None:
     with model.router.use(torch.arange(tasks)):
         states = backbone.image_states(images)
         total = 0.0
-        if "embed" in backbone.capabilities:
+        if "embed" in needs:
             # Fixed random directions: a plain sum of unit vectors can have no slope.
             directions = torch.randn(2, backbone.embed_dim, generator=torch.Generator().manual_seed(0))
             directions = directions.to(backbone.device)
             total = total + (states.embedding @ directions[0] + backbone.encode_text(tokens) @ directions[1]).sum()
-        if "generate" in backbone.capabilities:
+        if "generate" in needs:
             total = total + backbone.token_logits(states, tokens)[..., 0].sum()
     ups = {name: layer.up for name, layer in model.summary.layers.items()}
     # A fresh layer's up-projections are zero: they alone have a slope yet.
@@ -100,10 +103,10 @@ def checkpoint_blocks(model: MultiTaskModel) -> None:
     A block run again sees the route it ran under, also where the route has changed or gone since.
     """
     for block in model.backbone.blocks():
-        block.forward = _checkpointed(block.forward, model.router)
+        block.checkpoint_router = model.router
+        block.forward = MethodType(_forward_checkpointed, block)  # a bound method, so that copies run themselves
 
 
-def _checkpointed(forward, router: TaskRouter):
-    def run(*args, **kwargs):
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=router.checkpoint_contexts, **kwargs)
-    return run
+def _forward_checkpointed(block: nn.Module, *args, **kwargs):
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False,
+                      context_fn=block.checkpoint_router.checkpoint_contexts, **kwargs)

@@ -4,14 +4,14 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from jinja2 import Environment
 
-from vl_mtl_lora.data.shards import decode_image
+from vl_mtl_lora.data.shards import Sample, decode_image
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.evaluate import Evaluation
 from vl_mtl_lora.metrics.caption import TOKENIZER
@@ -49,19 +49,21 @@ def results_dict(zero_shot: Mapping[str, Evaluation], adapted: Mapping[str, Eval
 
 
 def pick_examples(tasks, zero_shot: Mapping[str, Evaluation], adapted: Mapping[str, Evaluation],
-                  count: int = _GALLERY) -> list[Example]:
-    """Pictures spread evenly over each task's test samples, whatever the answers: no choice that flatters an arm."""
+                  picture_of: Callable[[Sample], bytes], count: int = _GALLERY) -> list[Example]:
+    """Pictures spread evenly over each task's test samples, whatever the answers: no choice that flatters an arm.
+
+    picture_of: fetches the image file of a sample, which evaluations do not keep.
+    """
     examples = []
     share = max(1, count // len(adapted))
     for name, evaluation in adapted.items():
         samples = evaluation.samples
         before = tasks[name].answers(zero_shot[name].predictions, samples)
         after = tasks[name].answers(evaluation.predictions, samples)
-        # A stride that is no multiple of what repeats in a data set's order, such as questions of one picture.
         for i in sorted({(2 * k + 1) * len(samples) // (2 * share) for k in range(share)}):
             fields = samples[i].fields
             truth = fields.get("answers") or fields.get("captions") or []
-            examples.append(Example(name, samples[i].image, fields.get("question", ""),
+            examples.append(Example(name, picture_of(samples[i]), fields.get("question", ""),
                                     " / ".join(dict.fromkeys(truth)), before[i], after[i]))
     return examples
 
@@ -85,8 +87,9 @@ def read_log(run: str | Path) -> list[dict]:
     path = Path(run) / "log.jsonl"
     if not path.exists():
         return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:  # a line that was being written when the run broke off is left out
+        return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
 

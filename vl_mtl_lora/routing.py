@@ -66,6 +66,7 @@ class TaskRouter:
         self.task_names = tuple(task_names)
         if not self.task_names or len(set(self.task_names)) != len(self.task_names):
             raise UserError(f"task names must be distinct and at least one, got {list(task_names)}")
+        self.towers: frozenset[str] = frozenset()  # the backbone's, set by inject; names are not checked before
         # Tower -> route; "*" stands for the towers not named; None means off.
         self._state: dict[str, Route | None] = {}
 
@@ -89,6 +90,9 @@ class TaskRouter:
         """
         if (target is None) == (not towers):
             raise UserError("router.use takes one target for all towers, or one per tower by name")
+        for tower in towers:
+            if self.towers and tower not in self.towers:
+                raise UserError(f"router.use: unknown tower {tower!r}", near=(tower, self.towers))
         if target is not None:
             return self._set({"*": self._route(target)})
         return self._set({**self._state, **{tower: self._route(t) for tower, t in towers.items()}})

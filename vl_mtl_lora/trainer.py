@@ -1,9 +1,9 @@
 """The loop: mixed batches -> losses -> AdamW step -> log, evaluation, checkpoints."""
 
+import copy
 import json
 import logging
 import math
-import random
 import signal
 import threading
 import time
@@ -49,6 +49,8 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
     if started and not resume:
         raise UserError(f"{out} already holds a run: add --resume to go on with it, or set another out=FOLDER")
     accelerator = Accelerator()  # its own precision setting is global to the process; ours is the run's
+    if accelerator.num_processes > 1:
+        raise UserError(f"training runs in one process, got {accelerator.num_processes}: start it without a launcher")
     set_seed(section.seed)
     model = build_model(config)
     if section.checkpointing:
@@ -58,7 +60,9 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
         optimizer, lambda step: learning_rate_factor(step, section.warmup, section.steps))
     step = 0
     if resume:
-        step = load_checkpoint(last, model)["step"]
+        description = load_checkpoint(last, model)
+        step = description["step"]
+        _check_resumable(description["config"], config)
         _restore(load_resume(last), model, optimizer, schedule, step)
         if step >= section.steps:
             log.warning("%s already has %d of %d steps", out, step, section.steps)
@@ -67,7 +71,7 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
     (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    evaluates = any(task.valid for task in config.tasks.values())
+    has_valid = any(task.valid for task in config.tasks.values())
     best = _best_so_far(out) if resume else -math.inf
 
     def save(name: str, results: dict | None = None) -> None:
@@ -89,6 +93,13 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
                 accelerator.backward(total / section.accumulate)
                 meter.add(len(batch.ids), {**losses, "total": total})
             norm = accelerator.clip_grad_norm_(parameters, section.clip)
+            at_end = step + 1 == section.steps
+            logs = (step + 1) % section.log_every == 0 or at_end
+            saves = (step + 1) % section.save_every == 0 or at_end or interrupted()
+            evaluates = has_valid and (at_end or section.eval_every and (step + 1) % section.eval_every == 0)
+            if (logs or saves or evaluates) and not math.isfinite(norm):  # asked now and then: asking makes a GPU wait
+                raise UserError(f"the gradient is {float(norm)} at step {step + 1}: lower train.lr; the last good "
+                                f"checkpoint is {last if last.exists() else 'missing'}")
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -96,16 +107,12 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
             bar.update()
             if on_step:
                 on_step(step, {name: float(loss.detach()) for name, loss in losses.items()})
-            at_end = step == section.steps
-            if step % section.log_every == 0 or at_end:
+            if logs:
                 means, speed = meter.read()
-                if not math.isfinite(means["total"]):
-                    raise UserError(f"the loss is {means['total']} at step {step}: lower train.lr; the last good "
-                                    f"checkpoint is {last if last.exists() else 'missing'}")
                 journal.write({"step": step, **{f"loss/{name}": value for name, value in means.items()},
                                "lr": schedule.get_last_lr()[0], "grad_norm": float(norm), **speed})
                 bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
-            if evaluates and (at_end or section.eval_every and step % section.eval_every == 0):
+            if evaluates:
                 metrics = evaluate_tasks(model, config, split="valid", limit=section.eval_samples)
                 score = primary_score(model, metrics)
                 journal.write({"step": step, "valid/score": score,
@@ -116,11 +123,28 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
                     save("best", {"tasks": metrics, "split": "the valid split", "primary_score": score})
                 model.train()
                 meter.restart()
-            if at_end or interrupted() or step % section.save_every == 0:
+            if saves or interrupted():
                 save("last")
             if interrupted() and not at_end:
                 raise UserError(f"stopped at step {step}; {last} is saved, go on with --resume")
     return out
+
+
+def _check_resumable(saved: dict, config: RunConfig) -> None:
+    """What decides the order of samples must be as it was, or the stream would go on at another place."""
+    now = config.model_dump()
+
+    def settings(data: dict) -> dict:
+        return {"train.seed": data["train"]["seed"], "train.accumulate": data["train"]["accumulate"],
+                "data.shuffle": data["data"]["shuffle"],
+                **{f"tasks.{name}.{key}": task[key] for name, task in data["tasks"].items()
+                   for key in ("kind", "rows", "train", "format", "augment")}}
+
+    before, after = settings(saved), settings(now)
+    for key in before:
+        if before[key] != after.get(key):
+            raise UserError(f"{key} was {before[key]} in the run to resume and is {after.get(key)} now: set it back "
+                            "or start another run")
 
 
 class Meter:
@@ -208,9 +232,12 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def build_stream(config: RunConfig, model: MultiTaskModel, start: int = 0) -> BatchStream:
-    """The mixed training stream of a run, from batch `start` on."""
+    """The mixed training stream of a run, from batch `start` on.
+
+    It holds copies of the tasks, since loader processes cannot take over parameters that lie on a GPU.
+    """
     quotas = [Quota(build_source(name, task, "train"), task.rows, model.backbone.preprocess(task.augment),
-                    model.tasks[name].collate) for name, task in config.tasks.items()]
+                    copy.deepcopy(model.tasks[name]).cpu().collate) for name, task in config.tasks.items()]
     return BatchStream(quotas, known_tasks=config.data.ignore_tasks, seed=config.train.seed,
                        shuffle=config.data.shuffle, max_fault_share=config.data.max_fault_share, start=start)
 
@@ -259,7 +286,6 @@ def _restore(state: dict[str, Tensor], model: MultiTaskModel, optimizer, schedul
     for group, base in zip(optimizer.param_groups, schedule.base_lrs):
         group["lr"] = base * schedule.lr_lambdas[0](step)
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
-    random.seed(step)
     torch.set_rng_state(state["random.torch"])
     if "random.cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["random.cuda"])

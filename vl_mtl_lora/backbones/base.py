@@ -1,6 +1,6 @@
 """The contract that every backbone fulfils: what the rest of the package may ask of a vision-language model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple, Protocol
 
 import torch
@@ -122,10 +122,11 @@ class Backbone(nn.Module):
         states = images if isinstance(images, ImageStates) else self.image_states(images)
         return generate(self, states, prompts, max_new_tokens, num_beams)
 
-    def places(self) -> list[Place]:
+    def places(self, needs: Set[str]) -> list[Place]:
         """Every adaptable linear layer, after fused attention is re-expressed with plain `nn.Linear`.
 
-        Called once, by `inject`. The model computes the same function before and after.
+        needs: the capabilities that will be used; layers that only others read are left out.
+        The model computes the same function before and after.
         """
         raise NotImplementedError
 

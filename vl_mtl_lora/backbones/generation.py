@@ -18,23 +18,22 @@ def generate(backbone, states, prompts: Sequence[str], max_new_tokens: int, num_
     if not prompts:
         return []
     text = backbone.text
-    starts = [[text.bos_id, *ids] for ids in text.ids(prompts)]
-    budget = min(max_new_tokens, text.context_length - max(map(len, starts)))
-    if budget < 1:
-        raise ValueError(f"the longest prompt fills the context of {text.context_length} tokens")
+    starts = [[text.bos_id, *ids][:text.context_length - 1] for ids in text.ids(prompts)]
     beams, rows = num_beams, len(starts)
     with _repeated(backbone, beams):
         states = _repeat(states, beams)
         lengths = torch.tensor([len(s) for s in starts]).repeat_interleave(beams)
-        tokens = _pad(starts, int(lengths.max()) + budget).repeat_interleave(beams, 0)
-        tokens, lengths = tokens.to(backbone.device), lengths.to(backbone.device)
+        # Each row ends by its own length: what a row says does not depend on its neighbours.
+        limits = (lengths + max_new_tokens).clamp(max=text.context_length)
+        tokens = _pad(starts, int(limits.max())).repeat_interleave(beams, 0)
+        tokens, lengths, limits = (part.to(backbone.device) for part in (tokens, lengths, limits))
         # Only the first beam of a row is alive at the start, or all would be the same.
         scores = torch.full((rows, beams), float("-inf"), device=tokens.device)
         scores[:, 0] = 0.0
         done = torch.zeros(rows, beams, dtype=torch.bool, device=tokens.device)
         start = lengths.clone()
         line = torch.arange(rows * beams, device=tokens.device)
-        for _ in range(budget):
+        for _ in range(max_new_tokens):
             width = int(lengths.max())
             x = backbone.token_states(states, tokens[:, :width])
             logp = F.log_softmax(backbone.logits(x[line, lengths - 1]).float(), dim=-1).view(rows, beams, -1)
@@ -55,7 +54,7 @@ def generate(backbone, states, prompts: Sequence[str], max_new_tokens: int, num_
             grow = ~was_done
             tokens[line[grow], lengths[grow]] = token.flatten()[grow]
             lengths = lengths + grow.long()
-            done = (was_done | (token.flatten() == text.eos_id)).view(rows, beams)
+            done = (was_done | (token.flatten() == text.eos_id) | (lengths == limits)).view(rows, beams)
             if bool(done.all()):
                 break
     size = (lengths - start).view(rows, beams).clamp(min=1)
@@ -70,10 +69,11 @@ def score_continuations(backbone, states, prompts: Sequence[str], candidates: Se
     One pass over the rows scores all candidates of one token; longer ones are run out one by one.
     """
     text = backbone.text
-    starts = [[text.bos_id, *ids] for ids in text.ids(prompts)]
     ends = text.ids(candidates)
     if not all(ends):
         raise ValueError(f"candidate {candidates[ends.index([])]!r} has no token")
+    room = text.context_length - max(map(len, ends))
+    starts = [[text.bos_id, *ids][:room] for ids in text.ids(prompts)]
     lengths = torch.tensor([len(s) for s in starts], device=backbone.device)
     x = backbone.token_states(states, _pad(starts, int(lengths.max())).to(backbone.device))
     last = x[torch.arange(len(starts), device=x.device), lengths - 1]
@@ -83,8 +83,6 @@ def score_continuations(backbone, states, prompts: Sequence[str], candidates: Se
         if len(end) == 1:
             continue
         full = [[*start, *end[:-1]] for start in starts]
-        if max(map(len, full)) > text.context_length:
-            raise ValueError(f"prompt and candidate {candidates[column]!r} exceed {text.context_length} tokens")
         x = backbone.token_states(states, _pad(full, max(map(len, full))).to(backbone.device))
         for offset, token in enumerate(end[1:]):
             at = x[torch.arange(len(full), device=x.device), lengths + offset]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vl_mtl_lora.attention import split_attention
+from vl_mtl_lora.attention import SplitAttention, split_attention
 from vl_mtl_lora.backbones.base import Backbone, ImageStates, Place
 from vl_mtl_lora.errors import UserError
 
@@ -57,6 +57,8 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = 
             raise UserError(f"backbone.pretrained: {pretrained!r} is neither a file nor a tag of {name}",
                             near=(pretrained, tags))
     options = {} if image_size is None else {"force_image_size": image_size}
+    if plain and pretrained:
+        options |= _activation(name, pretrained)
     # open_clip logs "no pretrained weights" as a warning where that is asked for.
     level = logging.ERROR if random_weights else logging.WARNING
     root, before = logging.getLogger(), logging.getLogger().level
@@ -70,6 +72,18 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = 
     finally:
         root.setLevel(before)
     return OpenClipBackbone(model, tokenizer, prefix_grid or _PREFIX_GRID)
+
+
+def _activation(name: str, tag: str) -> dict:
+    """open_clip only warns where weights and the named model differ in QuickGELU; this mends or refuses it."""
+    import open_clip
+
+    trained = open_clip.get_pretrained_cfg(name, tag)  # empty for a checkpoint file
+    wanted, has = (trained.get("quick_gelu", False), open_clip.get_model_config(name).get("quick_gelu", False))
+    if trained and has and not wanted:
+        raise UserError(f"backbone: {tag!r} was trained with GELU, {name} has QuickGELU; "
+                        f"take {name.removesuffix('-quickgelu')}")
+    return {"force_quick_gelu": True} if wanted else {}
 
 
 class OpenClipBackbone(Backbone):
@@ -89,6 +103,9 @@ class OpenClipBackbone(Backbone):
                             "supported are open_clip CLIP models with the built-in ViT and text transformer")
         if model.visual.attn_pool is not None or not isinstance(model.text_projection, nn.Parameter):
             raise UserError("backbone: CLIP with attention pooling or without a plain text projection is not supported")
+        if model.attn_mask is None or model.text_pool_type not in ("argmax", "eos"):
+            raise UserError(f"backbone: a text tower that is not causal or pools at {model.text_pool_type!r} is not "
+                            "supported; expected a causal one that pools at the end of the text")
         self.model = model
         self.text = OpenClipText(tokenizer, model.context_length)
         self.embed_dim = model.text_projection.shape[1]
@@ -116,12 +133,8 @@ class OpenClipBackbone(Backbone):
     def encode_text(self, tokens):
         model = self.model
         x = self._decode(model.token_embedding(tokens) + model.positional_embedding[:tokens.shape[1]])
-        if model.text_pool_type == "argmax":
-            position = tokens.argmax(dim=-1)
-        elif model.text_pool_type == "eos":
-            position = (tokens == model.text_eos_id).int().argmax(dim=-1)
-        else:
-            position = torch.full_like(tokens[:, 0], 0 if model.text_pool_type == "first" else tokens.shape[1] - 1)
+        at_end = tokens if model.text_pool_type == "argmax" else (tokens == model.text_eos_id).int()
+        position = at_end.argmax(dim=-1)
         pooled = x[torch.arange(len(x), device=x.device), position]
         return F.normalize(pooled @ model.text_projection, dim=-1)
 
@@ -141,17 +154,20 @@ class OpenClipBackbone(Backbone):
 
     # -- adapters -------------------------------------------------------------------------------------------------
 
-    def places(self):
+    def places(self, needs):
         found = []
         for tower, transformer in (("image", self.model.visual.transformer), ("text", self.model.transformer)):
             transformer.batch_first = True  # rows are dim 0 from here on; split_attention expects it
             for index, block in enumerate(transformer.resblocks):
-                block.attn = split_attention(block.attn, where=f"{tower}.{index}")
+                if not isinstance(block.attn, SplitAttention):  # an earlier call may have done it
+                    block.attn = split_attention(block.attn, where=f"{tower}.{index}")
                 found += [Place(tower, index, "attn.qkv", block.attn, "qkv", splits=3),
                           Place(tower, index, "attn.out", block.attn, "out_proj"),
                           Place(tower, index, "mlp.in", block.mlp, "c_fc"),
                           Place(tower, index, "mlp.out", block.mlp, "c_proj")]
-        return [*found, Place("image", -1, "projector", self, "projector")]
+        if "generate" in needs:
+            found.append(Place("image", -1, "projector", self, "projector"))
+        return found
 
     def library_parameters(self):
         adapted = tuple(f".{name}" for name in ("down", "transform", "up", "mix"))

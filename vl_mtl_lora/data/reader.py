@@ -8,7 +8,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import braceexpand
@@ -36,51 +36,60 @@ class Source:
 
 @dataclass(frozen=True)
 class Fault:
-    """One sample that could not be used."""
+    """One sample that could not be used, or a whole shard where the key is empty."""
 
-    task: str = field(compare=False)  # whose stream met it; a mixed shard is read by several
     shard: str
     key: str
-    reason: str
+    reason: str = field(compare=False)
 
     def __str__(self) -> str:
         return f"{self.shard}: {self.key or '(whole shard)'}: {self.reason}"
 
 
 class FaultLog:
-    """Counts faults against samples, tells each once, and ends the run past the allowed share.
+    """Counts faults at each stage of reading, tells each sample's once, and ends the run past the allowed share.
 
-    max_share: the share of a task's samples that may be broken.
+    Stages, each with a share of its own: "record" (is there JSON with a known tag? among all records of a shard),
+    "sample" (has a record of the task its fields and an image?), "picture" (can the image be decoded?).
+
+    max_share: the share that may be broken. quiet: count only; another process tells the same faults.
     """
 
-    def __init__(self, max_share: float = 0.01):
-        self.max_share = max_share
+    def __init__(self, max_share: float = 0.01, quiet: bool = False):
+        self.max_share, self.quiet = max_share, quiet
         self.faults: dict[Fault, None] = {}  # in the order met, each once
-        self.seen: Counter[str] = Counter()
-        self._met: Counter[str] = Counter()
+        self._seen: Counter[tuple[str, str]] = Counter()
+        self._broken: Counter[tuple[str, str]] = Counter()
 
-    def add(self, task: str, seen: int, faults: Sequence[Fault], final: bool = False) -> None:
-        """Takes in `seen` samples (broken ones included). `final`: all of the task's samples were seen.
+    def count(self, task: str, stage: str, fault: Fault | None = None) -> None:
+        """One more record of a task's stream at a stage, broken where a fault is given.
 
         Raises:
-            UserError: more than the allowed share is broken.
+            UserError: so many were seen that the share can be judged, and it is too high.
         """
-        self.seen[task] += seen
-        for fault in faults:
-            self._met[task] += 1
+        self._seen[task, stage] += 1
+        if fault is not None:
+            self._broken[task, stage] += 1
             if fault not in self.faults:
                 self.faults[fault] = None
-                log.warning("skipped a sample of %s: %s", task, fault)
-        judged = final or self.seen[task] >= _EARLY
-        if judged and self._met[task] > self.max_share * self.seen[task]:
-            listed = "\n  ".join(map(str, list(self.faults)[:10]))
-            listed += f"\n  and {len(self.faults) - 10} more" if len(self.faults) > 10 else ""
-            raise UserError(f"{self._met[task]} of {self.seen[task]} samples of {task} cannot be used, more than the "
-                            f"share data.max_fault_share = {self.max_share:g} allows:\n  {listed}")
+                if not self.quiet:
+                    log.warning("skipped a sample of %s: %s", task, fault)
+            if self._seen[task, stage] >= _EARLY:
+                self.judge(task, stage)
+
+    def judge(self, task: str, *stages: str) -> None:
+        """Raises UserError where more than the allowed share of what a stage has seen is broken."""
+        for stage in stages:
+            seen, broken = self._seen[task, stage], self._broken[task, stage]
+            if broken > self.max_share * seen:
+                listed = "\n  ".join(map(str, list(self.faults)[:10]))
+                listed += f"\n  and {len(self.faults) - 10} more" if len(self.faults) > 10 else ""
+                raise UserError(f"{broken} of {seen} {stage}s read for task {task} cannot be used, more than the share "
+                                f"data.max_fault_share = {self.max_share:g} allows:\n  {listed}")
 
     def report(self) -> list[dict]:
         """The faults as plain data, for a file."""
-        return [fault.__dict__ for fault in self.faults]
+        return [asdict(fault) for fault in self.faults]
 
 
 def expand_urls(patterns: Sequence[str]) -> tuple[str, ...]:
@@ -113,56 +122,66 @@ def build_source(name: str, section: TaskSection, split: str) -> Source:
         raise UserError(f"tasks.{name}.{split}: {error}") from error
 
 
-def read_samples(source: Source, known_tasks: Sequence[str], on_fault: Callable[[Fault], None],
+def read_samples(source: Source, known_tasks: Sequence[str], faults: FaultLog,
                  urls: Sequence[str] | None = None) -> Iterator[Sample]:
-    """One task's samples in the order of the shards, images not decoded.
+    """One task's samples in the order of the shards (or of `urls`), images not decoded.
 
-    Samples of other known tasks are passed over; a broken one is given to `on_fault` and skipped. Where a manifest
-    lies beside a shard and says that the task is not in it, the shard is not opened.
+    Samples of other known tasks are passed over; a broken one is counted in `faults` and skipped. Where a manifest lies
+    beside a shard and says that only other known tasks are in it, the shard is not opened.
+
+    Raises:
+        UserError: too many faults; at the latest when all is read.
     """
     for url in urls if urls is not None else source.urls:
-        if not _may_hold(url, source, known_tasks):
-            continue
-        yield from _read_shard(url, source, known_tasks, on_fault)
+        if _may_hold(url, source, known_tasks):
+            yield from _read_shard(url, source, known_tasks, faults)
+    faults.judge(source.task, "record", "sample")
 
 
-def _read_shard(url, source, known_tasks, on_fault):
+def _read_shard(url, source, known_tasks, faults):
     problems: list[Exception] = []
 
     def stop(error: Exception) -> bool:  # webdataset asks: go on? After damage in a tar nothing can be found again.
         problems.append(error)
         return False
 
-    def broken(key: str, reason: str) -> None:
-        on_fault(Fault(source.task, url, key, reason))
+    def count(stage: str, key: str = "", reason: str = "") -> None:
+        faults.count(source.task, stage, Fault(url, key, reason) if reason else None)
 
     members = wds.tariterators.url_opener([{"url": url}], handler=stop)
     members = wds.tariterators.tar_file_expander(members, handler=stop, select_files=_wanted, eof_value=None)
-    # No duplicate can be told apart from its twin: the key is reported, the first stays.
+    for record in _grouped(_until_broken(members, problems), count):
+        try:
+            fields = _fields(record, source, known_tasks)
+        except BadSample as problem:
+            count("record", record["__key__"], str(problem))
+            continue
+        count("record")
+        if fields["task"] != source.task:
+            continue
+        try:
+            check_fields(fields, source.kind)
+            image = next((record[e] for e in IMAGE_EXTENSIONS if e in record), None)
+            if image is None:
+                raise BadSample("no image: expected a member ." + ", .".join(IMAGE_EXTENSIONS))
+        except BadSample as problem:
+            count("sample", record["__key__"], str(problem))
+            continue
+        count("sample")
+        yield Sample(fields, image, record["__key__"], url)
+    for error in problems:
+        count("record", "", f"the shard cannot be read on: {type(error).__name__}: {error}")
+
+
+def _until_broken(members: Iterator[dict], problems: list[Exception]) -> Iterator[dict]:
     try:
-        for record in _grouped(members, broken):
-            try:
-                fields = _fields(record, source)
-                if fields["task"] != source.task:
-                    if fields["task"] not in known_tasks:
-                        raise BadSample(f"unknown task {fields['task']!r}; known are {', '.join(known_tasks)}")
-                    continue
-                check_fields(fields, source.kind)
-                image = next((record[e] for e in IMAGE_EXTENSIONS if e in record), None)
-                if image is None:
-                    raise BadSample("no image: expected a member ." + ", .".join(IMAGE_EXTENSIONS))
-            except BadSample as problem:
-                broken(record["__key__"], str(problem))
-                continue
-            yield Sample(fields, image, record["__key__"], url)
+        yield from members
     except Exception as error:  # tarfile and the file system raise many types
         problems.append(error)
-    for error in problems:
-        broken("", f"the shard cannot be read on: {type(error).__name__}: {error}")
 
 
-def _grouped(members, broken) -> Iterator[dict]:
-    """Consecutive tar members of one key -> one record {extension: bytes, "__key__": key}."""
+def _grouped(members: Iterator[dict], count: Callable[..., None]) -> Iterator[dict]:
+    """Consecutive tar members of one key -> one record {extension: bytes, "__key__": key}; of twins the first stays."""
     record: dict = {}
     for member in members:
         key, _, extension = member["fname"].rpartition("/")[2].partition(".")
@@ -174,7 +193,7 @@ def _grouped(members, broken) -> Iterator[dict]:
             record = {"__key__": key}
         extension = extension.lower()
         if extension in record:
-            broken(key, f"member .{extension} occurs twice")
+            count("record", key, f"member .{extension} occurs twice")
         else:
             record[extension] = member["data"]
     if record:
@@ -185,8 +204,8 @@ def _wanted(name: str) -> bool:
     return name.rpartition("/")[2].partition(".")[2].lower() in _EXTENSIONS
 
 
-def _fields(record: dict, source: Source) -> dict:
-    """The sample's JSON object. Raises BadSample where there is none.
+def _fields(record: dict, source: Source, known_tasks: Sequence[str]) -> dict:
+    """The sample's JSON object. Raises BadSample where there is none with a known tag.
 
     Formats: "tagged" is this package's schema. "img2dataset" (.txt one caption) and "clip_benchmark" (.txt one caption
     a line) carry no tag: the config names the task, and the key is the image's id.
@@ -199,6 +218,8 @@ def _fields(record: dict, source: Source) -> dict:
         except (ValueError, RecursionError) as error:
             raise BadSample(f"member .json is not JSON: {error}") from error
         check_fields(fields, None)
+        if fields["task"] not in known_tasks:
+            raise BadSample(f"unknown task {fields['task']!r}; known are {', '.join(known_tasks)}")
         return fields
     try:
         text = record["txt"].decode("utf-8")

@@ -7,6 +7,7 @@ captioning) or `question`, `answers`, `question_id` (vqa). In a shard it is KEY.
 import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def decode_image(data: bytes) -> Image.Image:
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         return image.convert("RGB")
     except Exception as error:  # Pillow raises many types on broken files
-        raise BadSample(f"image cannot be decoded: {type(error).__name__}: {error}") from error
+        raise BadSample(f"image cannot be decoded: {type(error).__name__}") from error
 
 
 def write_shards(samples: Iterable[Mapping[str, Any]], out_dir: str | Path, *, name: str = "shard",
@@ -116,7 +117,10 @@ def write_shards(samples: Iterable[Mapping[str, Any]], out_dir: str | Path, *, n
     batch: list[dict] = []
     keys: set[str] = set()
 
+    manifest_file = out_dir / f"{name}.manifest.json"
+
     def flush():
+        manifest_file.unlink(missing_ok=True)  # an old one would tell of shards that are being replaced
         file = out_dir / f"{name}-{len(shards):06d}.tar"
         temporary = file.with_suffix(".tar.part")
         try:
@@ -143,16 +147,15 @@ def write_shards(samples: Iterable[Mapping[str, Any]], out_dir: str | Path, *, n
             flush()
     if batch:
         flush()
-    for old in sorted(out_dir.glob(f"{name}-*.tar")):
-        if old.name not in {shard["file"] for shard in shards}:
+    for old in out_dir.iterdir():
+        if re.fullmatch(re.escape(name) + r"-\d{6}\.tar", old.name) and old.name not in {s["file"] for s in shards}:
             old.unlink()
     tasks = Counter()
     for shard in shards:
         tasks.update(shard["tasks"])
     manifest = {"name": name, "samples": sum(tasks.values()), "tasks": dict(sorted(tasks.items())), "shards": shards,
                 "source": source, "licence": licence}
-    (out_dir / f"{name}.manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n",
-                                                   encoding="utf-8")
+    manifest_file.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return manifest
 
 

@@ -4,8 +4,10 @@ The order of batches is a function of the seed alone. Every loader process walks
 the batches that are its own, so the number of processes changes nothing, and resuming skips without decoding.
 """
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -35,16 +37,12 @@ class TaskStream:
     def _one_pass(self, rng: random.Random) -> Iterator[Sample]:
         urls = list(self.source.urls)
         rng.shuffle(urls)
-        name, met, good = self.source.task, [], 0
-        for sample in read_samples(self.source, self.known_tasks, met.append, urls):
-            good += 1
-            self.faults.add(name, 1 + len(met), met)
-            met.clear()
+        empty = True
+        for sample in read_samples(self.source, self.known_tasks, self.faults, urls):
+            empty = False
             yield sample
-        self.faults.add(name, len(met), met, final=True)
-        if not good:
-            raise UserError(f"no sample of task {name!r} in {', '.join(self.source.urls[:3])}"
-                            + (" ..." if len(self.source.urls) > 3 else ""))
+        if empty:
+            raise UserError(_nothing_in(self.source))
 
     def _shuffled(self, samples: Iterator[Sample], rng: random.Random) -> Iterator[Sample]:
         buffer: list[Sample] = []
@@ -115,49 +113,77 @@ class BatchStream(IterableDataset):
     def _batches(self) -> Iterator[Batch]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        faults = FaultLog(self.max_fault_share)
-        streams = [iter(TaskStream(q.source, self.known_tasks, seed=self.seed, shuffle=self.shuffle, faults=faults))
+        # Every process reads the whole stream, so the first one tells for all; pictures each decodes its own.
+        reading, decoding = FaultLog(self.max_fault_share, quiet=worker > 0), FaultLog(self.max_fault_share)
+        streams = [TaskStream(q.source, self.known_tasks, seed=self.seed, shuffle=self.shuffle, faults=reading)
                    for q in self.quotas]
-        told = 0
-        index = 0
-        while True:
-            samples = [[next(stream) for _ in range(q.rows)] for q, stream in zip(self.quotas, streams)]
-            if index >= self.start and (index - self.start) % workers == worker:
-                batch = self._decode(samples, index, faults)
-                batch.faults = list(faults.faults)[told:]
-                told = len(faults.faults)
-                yield batch
-            index += 1
+        samples_of = [iter(stream) for stream in streams]
+        told: set[Fault] = set()
+        for index in itertools.count():
+            samples = [[next(rows) for _ in range(q.rows)] for q, rows in zip(self.quotas, samples_of)]
+            if index < self.start or (index - self.start) % workers != worker:
+                continue
+            batch = self._decode(samples, index, decoding)
+            for stream in streams:
+                if stream.epoch:  # all of the task's pictures have been decoded once, here or elsewhere
+                    decoding.judge(stream.source.task, "picture")
+            known = {**({} if reading.quiet else reading.faults), **decoding.faults}
+            batch.faults = [fault for fault in known if fault not in told]
+            told.update(batch.faults)
+            yield batch
 
     def _decode(self, samples: list[list[Sample]], index: int, faults: FaultLog) -> Batch:
         images, ids, slices, inputs, keys = [], [], {}, {}, []
         rng = random.Random(f"{self.seed}/batch/{index}")
-        with torch.random.fork_rng(devices=[]):  # augmentation draws from torch: pin it to the batch's number
-            torch.manual_seed(rng.getrandbits(48))
-            for task_id, (quota, rows) in enumerate(zip(self.quotas, samples)):
+        for task_id, (quota, rows) in enumerate(zip(self.quotas, samples)):
+            with _pinned(rng.getrandbits(48)):
                 pixels, rows = _decode_rows(quota, rows, faults)
-                slices[quota.source.task] = slice(len(images), len(images) + len(rows))
-                images += pixels
-                ids += [task_id] * len(rows)
-                keys += [sample.key for sample in rows]
-                inputs[quota.source.task] = quota.collate(rows, rng)
+            slices[quota.source.task] = slice(len(images), len(images) + len(rows))
+            images += pixels
+            ids += [task_id] * len(rows)
+            keys += [sample.key for sample in rows]
+            inputs[quota.source.task] = quota.collate(rows, rng)
         return Batch(torch.stack(images), torch.tensor(ids), slices, inputs, keys, index)
+
+
+@contextmanager
+def _pinned(seed: int) -> Iterator[None]:
+    """Augmentation draws from torch's CPU generator: inside it has a seed, afterwards it is as it was."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def _decode_rows(quota: Quota, samples: list[Sample], faults: FaultLog) -> tuple[list[Tensor], list[Sample]]:
     """Decoded rows. A picture that cannot be decoded is replaced by another of the slice: quotas stay as they are."""
-    good, broken = [], []
+    good: list[tuple[Tensor, Sample]] = []
     for sample in samples:
-        try:
-            good.append((quota.transform(decode_image(sample.image)), sample))
-        except BadSample as problem:
-            broken.append(Fault(sample.task, sample.shard, sample.key, str(problem)))
-    if broken:
-        faults.add(quota.source.task, 0, broken, final=not good)
-        if not good:
-            raise UserError(f"no picture of a whole batch of {quota.source.task} can be decoded: {broken[0]}")
-        good += [good[i % len(good)] for i in range(len(broken))]
+        if (pixels := _pixels(sample, quota.transform, faults)) is not None:
+            good.append((pixels, sample))
+    if not good:
+        raise UserError(f"no picture of a whole batch of task {quota.source.task} can be decoded: "
+                        + "; ".join(map(str, list(faults.faults)[-3:])))
+    good += [good[i % len(good)] for i in range(len(samples) - len(good))]
     return [pixels for pixels, _ in good], [sample for _, sample in good]
+
+
+def _pixels(sample: Sample, transform: Callable[[Image.Image], Tensor], faults: FaultLog) -> Tensor | None:
+    """The decoded, transformed image, or None and a counted fault."""
+    try:
+        pixels = transform(decode_image(sample.image))
+    except BadSample as problem:
+        faults.count(sample.task, "picture", Fault(sample.shard, sample.key, str(problem)))
+        return None
+    faults.count(sample.task, "picture")
+    return pixels
+
+
+def _nothing_in(source: Source) -> str:
+    more = " ..." if len(source.urls) > 3 else ""
+    return f"no sample of task {source.task!r} in {', '.join(source.urls[:3])}{more}"
 
 
 def train_batches(stream: BatchStream, workers: int) -> Iterator[Batch]:
@@ -185,15 +211,12 @@ class EvalBatch:
 
 
 def eval_batches(source: Source, known_tasks: Sequence[str], transform: Callable[[Image.Image], Tensor], *,
-                 rows: int, max_fault_share: float, limit: int | None = None,
-                 faults: FaultLog | None = None) -> Iterator[EvalBatch]:
+                 rows: int, faults: FaultLog, limit: int | None = None) -> Iterator[EvalBatch]:
     """One pass over a task's samples, in order, each good one exactly once; at most `limit` of them.
 
     Raises:
         UserError: too many broken samples, or none at all.
     """
-    faults = faults or FaultLog(max_fault_share)
-    met: list[Fault] = []
     pictures: dict[str, int] = {}
     samples: list[Sample] = []
     images: list[Tensor] = []
@@ -206,26 +229,22 @@ def eval_batches(source: Source, known_tasks: Sequence[str], transform: Callable
             part.clear()
         return batch
 
-    for sample in read_samples(source, known_tasks, met.append):
+    for sample in read_samples(source, known_tasks, faults):
         if limit is not None and count >= limit:
             break
-        seen = 1 + len(met)
-        try:
-            if sample.image_id not in pictures:
-                images.append(transform(decode_image(sample.image)))
-                pictures[sample.image_id] = len(images) - 1
-        except BadSample as problem:
-            met.append(Fault(sample.task, sample.shard, sample.key, str(problem)))
-        else:
-            samples.append(sample)
-            image_rows.append(pictures[sample.image_id])
-            count += 1
-        faults.add(source.task, seen, met)
-        met.clear()
+        if sample.image_id not in pictures:
+            pixels = _pixels(sample, transform, faults)
+            if pixels is None:
+                continue
+            pictures[sample.image_id] = len(images)
+            images.append(pixels)
+        samples.append(sample)
+        image_rows.append(pictures[sample.image_id])
+        count += 1
         if len(samples) == rows:
             yield flush()
-    faults.add(source.task, len(met), met, final=True)
+    faults.judge(source.task, "picture")
     if not count:
-        raise UserError(f"no sample of task {source.task!r} in {', '.join(source.urls[:3])}")
+        raise UserError(_nothing_in(source))
     if samples:
         yield flush()

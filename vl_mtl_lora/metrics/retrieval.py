@@ -26,7 +26,7 @@ def recall_at_k(queries: Tensor, items: Tensor, query_groups: Tensor, item_group
         scores = queries[start:start + chunk] @ items.T
         right = query_groups[start:start + chunk, None] == item_groups[None]
         best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
-        ahead = ((scores >= best) & ~right).sum(dim=1)
+        ahead = (~(scores < best) & ~right).sum(dim=1)  # a score that is no number is ahead too
         found = right.any(dim=1)
         for k in ks:
             hits[k] += int(((ahead < k) & found).sum())

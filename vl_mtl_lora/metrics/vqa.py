@@ -43,15 +43,15 @@ def normalize_answer(answer: str) -> str:
 def vqa_accuracy(prediction: str, answers: Sequence[str], rule: str = "official") -> float:
     """Accuracy of one answer in [0, 1] against its human answers.
 
-    With several answers: the mean over them of min(1, matches among the others / 3). With one, as in sets with a
-    single truth: whether it matches. "official" normalises only where the answers differ among themselves;
-    "lenient" always does.
+    With at least four answers: the mean over them of min(1, matches among the others / 3). With fewer, as in sets of
+    a single truth, where that could not reach 1: whether it equals any. "official" normalises only where ten or more
+    answers differ among themselves, as the official script does on its ten; "lenient" always does.
     """
     clean = [answer.replace("\n", " ").replace("\t", " ").strip() for answer in answers]
     prediction = prediction.replace("\n", " ").replace("\t", " ").strip()
-    if rule == "lenient" or len(set(clean)) > 1:
+    if rule == "lenient" or len(clean) < 10 or len(set(clean)) > 1:
         clean, prediction = [normalize_answer(answer) for answer in clean], normalize_answer(prediction)
-    if len(clean) == 1:
-        return float(prediction == clean[0])
+    if len(clean) < 4:
+        return float(prediction in clean)
     matches = [answer == prediction for answer in clean]
     return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(clean)

@@ -20,10 +20,20 @@ def build_tasks(sections: Mapping[str, TaskSection], backbone: Backbone) -> nn.M
     Raises:
         UserError: a task that needs what the backbone cannot do.
     """
-    tasks = nn.ModuleDict({name: KINDS[section.kind](name, section, backbone) for name, section in sections.items()})
+    tasks = nn.ModuleDict()
+    for name, section in sections.items():
+        try:
+            tasks[name] = KINDS[section.kind](name, section, backbone)
+        except KeyError as error:  # torch has names of its own
+            raise UserError(f"tasks.{name}: this name cannot be used: {error}") from error
     for name, task in tasks.items():
         missing = sorted(task.needs - backbone.capabilities)
         if missing:
             raise UserError(f"task {name} needs a backbone that can {' and '.join(missing)}; this one can "
                             f"{', '.join(sorted(backbone.capabilities))}")
     return tasks
+
+
+def task_needs(tasks: nn.ModuleDict) -> frozenset[str]:
+    """The capabilities of a backbone that any of the tasks uses."""
+    return frozenset().union(*(task.needs for task in tasks.values()))

@@ -67,11 +67,12 @@ def next_token_inputs(text: TextCodec, prompts: Sequence[str], targets: Sequence
     limit = text.context_length
     for prompt, target in pairs:
         target = [*target, text.eos_id]
-        prompt = prompt[:max(0, limit - len(target))]
-        rows.append([text.bos_id, *prompt, *target][:limit])
+        target = target[-(limit - 1):]
+        prompt = prompt[:limit - 1 - len(target)]
+        rows.append([text.bos_id, *prompt, *target])
     width = max(map(len, rows)) - 1  # the last token is only predicted
     for i, (row, (_, target)) in enumerate(zip(rows, pairs)):
-        first = max(1, len(row) - len(target) - 1)
+        first = max(1, len(row) - len(target) - 1)  # the end mark follows the target
         positions += range(i * width + first - 1, i * width + len(row) - 1)
         labels += row[first:]
     return {"tokens": pad_trimmed([row[:-1] for row in rows]), "positions": torch.tensor(positions),

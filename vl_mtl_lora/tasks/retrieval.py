@@ -1,5 +1,7 @@
 """Image-text retrieval: symmetric contrastive loss within the slice, recall@k both ways."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,7 +11,7 @@ from vl_mtl_lora.tasks.base import text_rows
 
 
 class Retrieval(nn.Module):
-    """CLIP's loss (arXiv 2103.00020) with every pair of one image as a positive, so none becomes a false negative.
+    """CLIP's loss (arXiv 2103.00020); pairs of one image, or of one caption, are no negatives of each other.
 
     Head: `log_scale`, the logarithm of the similarity's scale, starting at the base's.
     """
@@ -17,26 +19,28 @@ class Retrieval(nn.Module):
     kind = "retrieval"
     needs = frozenset({"embed"})
     primary = "text_to_image_recall@1"
-    max_scale = 100.0
+    max_log_scale = math.log(100.0)
 
     def __init__(self, name, section, backbone):
         super().__init__()
         self.name = name
         self.text = backbone.text
         scale = getattr(backbone.model, "logit_scale", None)
-        start = float(scale.detach()) if scale is not None else 2.6593  # log(1 / 0.07), where CLIP starts
-        self.log_scale = nn.Parameter(torch.tensor(start))
+        start = float(scale.detach()) if scale is not None else math.log(1 / 0.07)  # where CLIP starts
+        self.log_scale = nn.Parameter(torch.tensor(min(start, self.max_log_scale)))
 
     def collate(self, samples, rng):
-        """tokens (B, L): one caption of each sample, drawn anew. groups (B,): equal where the image is the same."""
-        ids = {}
-        return {"tokens": text_rows(self.text, [rng.choice(s.fields["captions"]) for s in samples]),
-                "groups": torch.tensor([ids.setdefault(s.image_id, len(ids)) for s in samples])}
+        """tokens (B, L): one caption of each sample, drawn anew. positives (B, B): same image, or same caption."""
+        captions = [rng.choice(s.fields["captions"]) for s in samples]
+        positives = [[a.image_id == b.image_id or x == y for b, y in zip(samples, captions)]
+                     for a, x in zip(samples, captions)]
+        return {"tokens": text_rows(self.text, captions), "positives": torch.tensor(positives)}
 
     def loss(self, backbone, states, inputs):
-        text = backbone.encode_text(inputs["tokens"])
-        scale = self.log_scale.exp().clamp(max=self.max_scale)
-        return contrastive_loss(states.embedding, text, inputs["groups"], scale)
+        with torch.no_grad():  # as CLIP does; a clamp in the loss would leave the parameter without a slope
+            self.log_scale.clamp_(max=self.max_log_scale)
+        return contrastive_loss(states.embedding, backbone.encode_text(inputs["tokens"]), inputs["positives"],
+                                self.log_scale.exp())
 
     def predict(self, backbone, states, samples, zero_shot):
         """(image embedding (E,), caption embeddings (captions, E)) per sample."""
@@ -74,10 +78,10 @@ class Retrieval(nn.Module):
         return images, torch.tensor([groups[i] for i in rows]), texts, text_groups
 
 
-def contrastive_loss(image: torch.Tensor, text: torch.Tensor, groups: torch.Tensor,
+def contrastive_loss(image: torch.Tensor, text: torch.Tensor, positives: torch.Tensor,
                      scale: torch.Tensor) -> torch.Tensor:
-    """Symmetric InfoNCE of (B, E) images and texts; rows of one group share the probability mass as positives."""
+    """Symmetric InfoNCE of (B, E) images and texts; a row's positives (B, B), symmetric, share the probability mass."""
     logits = scale * (image @ text.T).float()
-    same = (groups[:, None] == groups[None]).to(logits.dtype)
-    target = same / same.sum(dim=1, keepdim=True)
+    target = positives.to(logits.dtype)
+    target = target / target.sum(dim=1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

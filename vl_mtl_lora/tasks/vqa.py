@@ -8,6 +8,8 @@ from vl_mtl_lora.backbones.generation import score_continuations
 from vl_mtl_lora.metrics.vqa import vqa_accuracy
 from vl_mtl_lora.tasks.base import next_token_inputs, next_token_loss, text_rows
 
+_CACHED_TEXTS = 100_000  # embeddings of question and answer kept at once in a zero-shot evaluation
+
 
 class VQA(nn.Module):
     """How a question is answered (`answer_by`):
@@ -78,13 +80,16 @@ class VQA(nn.Module):
 
     def _most_similar(self, backbone, states, samples):
         questions = [s.fields["question"] for s in samples]
-        for question in dict.fromkeys(questions):
+        best = []
+        for image, question in zip(states.embedding, questions):
             if question not in self._zero_shot_texts:  # many samples ask the same; the base does not change
+                if len(self._zero_shot_texts) * len(self.answer_list) > _CACHED_TEXTS:
+                    self._zero_shot_texts.clear()
                 texts = [self.zero_shot_prompt.format(question=question, answer=a) for a in self.answer_list]
-                self._zero_shot_texts[question] = backbone.encode_text(text_rows(self.text, texts).to(backbone.device))
-        texts = torch.stack([self._zero_shot_texts[question] for question in questions])  # (B, answers, E)
-        best = torch.einsum("be,bae->ba", states.embedding, texts).argmax(dim=1)
-        return [self.answer_list[i] for i in best.tolist()]
+                self._zero_shot_texts[question] = torch.cat([
+                    backbone.encode_text(rows.to(backbone.device)) for rows in text_rows(self.text, texts).split(1024)])
+            best.append(self._zero_shot_texts[question] @ image)
+        return [self.answer_list[i] for i in torch.stack(best).argmax(dim=1).tolist()]
 
     def score(self, predictions, samples):
         hits = [vqa_accuracy(p, s.fields["answers"], self.rule) for p, s in zip(predictions, samples)]
