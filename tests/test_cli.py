@@ -45,7 +45,8 @@ def test_train_evaluate_compare_export(run, config_file, tmp_path):
     zero_shot = {tuple(line.split("\t")) for line in run("evaluate", out, "--zero-shot")[1].splitlines()}
     assert ("vqa", "accuracy", f"{results['tasks']['vqa']['zero_shot']['accuracy']:.2f}") in zero_shot
     assert run("export", out, "--task", "vqa", "--out", tmp_path / "m.safetensors")[0] == 0
-    assert (tmp_path / "m.safetensors").is_file()
+    assert run("export", out, "--task", "vqa")[0] == 0
+    assert (tmp_path / "m.safetensors").read_bytes() == (out / "merged-vqa.safetensors").read_bytes()
     # The same again is refused, and more steps go on from where it stopped.
     assert run("train", config_file)[0] == 2
     assert run("train", config_file, "train.steps=4", "--resume")[0] == 0
@@ -62,6 +63,8 @@ def test_inspect_tells_what_is_adapted_without_weights_or_shards(run, config_fil
     (["train", "CONFIG", "tasks.vqa.train=nowhere.tar"], "tasks.vqa.train: no shard matches"),
     (["train", "CONFIG", "--resume"], "nothing to resume"),
     (["train", "CONFIG", "adapter.targets=[image.mpl.in]"], "did you mean image.mlp.in"),
+    (["train", "CONFIG", "backbone.name=ViT-B-32"], "backbone.pretrained is missing"),
+    (["export", "nowhere", "--task", "vqa", "--format", "peft"], "open_clip models are exported merged"),
     (["train", "CONFIG", "backbone.name=ViT-B-33"], "did you mean ViT-B-32"),
     (["evaluate", "nowhere"], "no checkpoint in nowhere"),
     (["compare", "nowhere", "--split", "tset"], "did you mean test"),

@@ -145,7 +145,6 @@ def test_texts_survive_the_codec(tiny_backbone):
 @pytest.mark.parametrize("arguments,message", [
     ({"library": "openclip", "name": "ViT-B-32"}, "did you mean open_clip"),
     ({"library": "open_clip", "name": "ViT-B-33", "random_weights": True}, "did you mean ViT-B-32"),
-    ({"library": "open_clip", "name": "ViT-B-32"}, "pretrained is missing"),
     ({"library": "open_clip", "name": "ViT-B-32", "pretrained": "opnai"}, "did you mean openai"),
     ({"library": "open_clip", "name": "ViT-B-32", "randomweights": True}, "no option"),
     ({"library": "open_clip", "name": "local-dir:/nowhere"}, "could not load"),

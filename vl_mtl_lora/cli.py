@@ -74,13 +74,15 @@ def compare(run: Run, split: Split = "test", limit: Limit = None):
 
 @app.command()
 def export(run: Run, task: Annotated[str, typer.Option(help="the task to fold into the base")],
-           out: Annotated[Path, typer.Option(help="file to write")],
+           out: Annotated[Path | None, typer.Option(help="file, else RUN/merged-TASK.safetensors")] = None,
            format: Annotated[str, typer.Option(help="merged")] = "merged"):
     """Writes the base with one task's adapters folded in, under the library's own names."""
     from vl_mtl_lora.export import export_merged
 
     if format != "merged":
-        raise UserError(f"--format: unknown format {format!r}; valid is merged")
+        raise UserError(f"--format {format} is not possible: open_clip models are exported merged, since PEFT cannot "
+                        "express adapters of their fused attention")
+    out = out or run / f"merged-{task}.safetensors"
     export_merged(run, task, out)
     print(f"merged weights: {out}")
 

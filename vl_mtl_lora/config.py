@@ -45,7 +45,7 @@ class _TaskSection(_Strict):
     valid: list[str] = []  # for periodic evaluation and the choice of the best checkpoint
     test: list[str] = []  # for `evaluate` and `compare`
     format: Literal["tagged", "img2dataset", "clip_benchmark"] = "tagged"
-    augment: bool = False  # the library's training augmentation instead of its evaluation transform
+    augment: bool | dict[str, Any] = False  # the library's training augmentation, or that with options of its own
 
     @model_validator(mode="before")
     @classmethod
@@ -58,7 +58,8 @@ class _TaskSection(_Strict):
 class RetrievalSection(_TaskSection):
     kind: Literal["retrieval"] = "retrieval"
     rows: int = Field(32, ge=2)
-    augment: bool = True
+    augment: bool | dict[str, Any] = True
+    scale: float | None = Field(None, gt=0, le=100)  # of similarities at start, then learned; default: the base's
 
 
 class VQASection(_TaskSection):

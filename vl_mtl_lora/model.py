@@ -60,6 +60,9 @@ def build_model(config: RunConfig, random_weights: bool = False) -> MultiTaskMod
         options["random_weights"] = True
     backbone = load_backbone(config.backbone.library, config.backbone.name,
                              None if random_weights else config.backbone.pretrained, **options)
+    if backbone.random_weights and not options.get("random_weights"):
+        raise UserError(f"backbone.pretrained is missing: {config.backbone.name} would be frozen with random weights; "
+                        "give a tag or a checkpoint file (or backbone.options.random_weights=true to go without)")
     router = TaskRouter(list(config.tasks))
     tasks = build_tasks(config.tasks, backbone)
     summary = inject(backbone, AdapterConfig(**config.adapter.model_dump()), router, task_needs(tasks))

@@ -74,9 +74,6 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
     has_valid = any(task.valid for task in config.tasks.values())
     best = _best_so_far(out) if resume else -math.inf
 
-    def save(name: str, results: dict | None = None) -> None:
-        save_checkpoint(out / name, model, config, step=step, results=results, resume=_resume_state(model, optimizer))
-
     meter = Meter()
     model.train()
     with Journal(out, after=step) as journal, _interrupts() as interrupted, \
@@ -93,9 +90,9 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
                 accelerator.backward(total / section.accumulate)
                 meter.add(len(batch.ids), {**losses, "total": total})
             norm = accelerator.clip_grad_norm_(parameters, section.clip)
-            at_end = step + 1 == section.steps
+            at_end, stop = step + 1 == section.steps, interrupted()
             logs = (step + 1) % section.log_every == 0 or at_end
-            saves = (step + 1) % section.save_every == 0 or at_end or interrupted()
+            saves = (step + 1) % section.save_every == 0 or at_end or stop
             evaluates = has_valid and (at_end or section.eval_every and (step + 1) % section.eval_every == 0)
             if (logs or saves or evaluates) and not math.isfinite(norm):  # asked now and then: asking makes a GPU wait
                 raise UserError(f"the gradient is {float(norm)} at step {step + 1}: lower train.lr; the last good "
@@ -120,12 +117,13 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
                                   for name, value in values.items()}})
                 if score >= best:
                     best = score
-                    save("best", {"tasks": metrics, "split": "the valid split", "primary_score": score})
+                    save_checkpoint(out / "best", model, config, step=step, results={
+                        "tasks": metrics, "split": "the valid split", "primary_score": score})
                 model.train()
                 meter.restart()
-            if saves or interrupted():
-                save("last")
-            if interrupted() and not at_end:
+            if saves:
+                save_checkpoint(last, model, config, step=step, resume=_resume_state(model, optimizer))
+            if stop and not at_end:
                 raise UserError(f"stopped at step {step}; {last} is saved, go on with --resume")
     return out
 
@@ -236,8 +234,12 @@ def build_stream(config: RunConfig, model: MultiTaskModel, start: int = 0) -> Ba
 
     It holds copies of the tasks, since loader processes cannot take over parameters that lie on a GPU.
     """
-    quotas = [Quota(build_source(name, task, "train"), task.rows, model.backbone.preprocess(task.augment),
-                    copy.deepcopy(model.tasks[name]).cpu().collate) for name, task in config.tasks.items()]
+    quotas = []
+    for name, task in config.tasks.items():
+        options = task.augment if isinstance(task.augment, dict) else {}
+        transform = model.backbone.preprocess(bool(task.augment), **options)
+        quotas.append(Quota(build_source(name, task, "train"), task.rows, transform,
+                            copy.deepcopy(model.tasks[name]).cpu().collate))
     return BatchStream(quotas, known_tasks=config.data.ignore_tasks, seed=config.train.seed,
                        shuffle=config.data.shuffle, max_fault_share=config.data.max_fault_share, start=start)
 

@@ -63,8 +63,10 @@ class Backbone(nn.Module):
     model:        the library's own module, weights under the library's own names until adapters are injected.
     towers:       names of the adaptable towers, e.g. ("image", "text").
     capabilities: any of "embed" (encode_image, encode_text) and "generate" (token_states, generate).
+    random_weights: whether the model was built without pretrained weights.
     router:       the TaskRouter of the adapters, set by `inject`; None on a model without.
     embed_dim:    E, the width of the joint embedding.
+    log_scale:    logarithm of the scale that the base's own contrastive loss gave to similarities.
     text:         between texts and token ids, usable in loader processes, where the model is not.
     """
 
@@ -72,11 +74,16 @@ class Backbone(nn.Module):
     towers: tuple[str, ...]
     capabilities: frozenset[str]
     embed_dim: int
+    log_scale: float
     text: TextCodec
     router = None
+    random_weights = False
 
-    def preprocess(self, train: bool) -> Callable:
-        """Returns a function PIL image -> (3, H, W) float tensor; `train` adds the library's augmentation."""
+    def preprocess(self, train: bool, **augmentation) -> Callable:
+        """Returns a function PIL image -> (3, H, W) float tensor; `train` adds the library's augmentation.
+
+        augmentation: options of the library's own augmentation. Raises UserError for an unknown one.
+        """
         raise NotImplementedError
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:

@@ -7,6 +7,7 @@ width -> joint space through the model's own `visual.proj`, joint space -> text 
 """
 
 import logging
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 
@@ -31,10 +32,11 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = 
     Args:
         name: an open_clip model name ("ViT-B-32"), "local-dir:PATH", "hf-hub:ORG/NAME", or "micro-clip", the
             embedded base.
-        pretrained: an open_clip tag or the path of a checkpoint file; only for plain names.
+        pretrained: an open_clip tag or the path of a checkpoint file; only for plain names, which without it start
+            from random weights, as in open_clip.
         prefix_grid: the image enters the decoder as 1 + prefix_grid**2 tokens at most.
         image_size: another input size in pixels; positional embeddings are interpolated.
-        random_weights: allow a model without pretrained weights (tests, dry runs).
+        random_weights: load no weights, whatever the name (dry runs).
 
     Raises:
         UserError: unknown name or tag, missing or unfit checkpoint, or a model that is no plain ViT CLIP.
@@ -47,10 +49,6 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = 
     plain = ":" not in name
     if plain and open_clip.get_model_config(name) is None:
         raise UserError(f"backbone.name: open_clip has no model {name!r}", near=(name, open_clip.list_models()))
-    if plain and pretrained is None and not random_weights:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        raise UserError(f"backbone.pretrained is missing: {name} would start from random weights; "
-                        f"give a checkpoint file or one of the tags {tags}")
     if plain and pretrained and not Path(pretrained).is_file():
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained.lower() not in [tag.lower() for tag in tags]:
@@ -60,6 +58,7 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = 
     if plain and pretrained:
         options |= _activation(name, pretrained)
     # open_clip logs "no pretrained weights" as a warning where that is asked for.
+    random_weights = random_weights or plain and pretrained is None
     level = logging.ERROR if random_weights else logging.WARNING
     root, before = logging.getLogger(), logging.getLogger().level
     root.setLevel(level)
@@ -71,7 +70,9 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = 
                         f"{type(error).__name__}: {error}") from error
     finally:
         root.setLevel(before)
-    return OpenClipBackbone(model, tokenizer, prefix_grid or _PREFIX_GRID)
+    backbone = OpenClipBackbone(model, tokenizer, prefix_grid or _PREFIX_GRID)
+    backbone.random_weights = random_weights
+    return backbone
 
 
 def _activation(name: str, tag: str) -> dict:
@@ -108,6 +109,7 @@ class OpenClipBackbone(Backbone):
                             "supported; expected a causal one that pools at the end of the text")
         self.model = model
         self.text = OpenClipText(tokenizer, model.context_length)
+        self.log_scale = float(model.logit_scale.detach())
         self.embed_dim = model.text_projection.shape[1]
         self.prefix_grid = prefix_grid
         with torch.no_grad():
@@ -115,10 +117,15 @@ class OpenClipBackbone(Backbone):
             self.projector = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             self.projector.weight = nn.Parameter(weight.contiguous())
 
-    def preprocess(self, train: bool):
-        from open_clip.transform import PreprocessCfg, image_transform_v2
+    def preprocess(self, train, **augmentation):
+        from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 
-        return image_transform_v2(PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=train)
+        valid = [field.name for field in fields(AugmentationCfg)]
+        for option in augmentation:
+            if option not in valid:
+                raise UserError(f"augment: open_clip knows no option {option!r}", near=(option, valid))
+        return image_transform_v2(PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=train,
+                                  aug_cfg=augmentation or None)
 
     # -- towers ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from vl_mtl_lora.tasks.base import text_rows
 class Retrieval(nn.Module):
     """CLIP's loss (arXiv 2103.00020); pairs of one image, or of one caption, are no negatives of each other.
 
-    Head: `log_scale`, the logarithm of the similarity's scale, starting at the base's.
+    Head: `log_scale`, the logarithm of the similarity's scale, starting at the base's or as the config says.
     """
 
     kind = "retrieval"
@@ -25,8 +25,7 @@ class Retrieval(nn.Module):
         super().__init__()
         self.name = name
         self.text = backbone.text
-        scale = getattr(backbone.model, "logit_scale", None)
-        start = float(scale.detach()) if scale is not None else math.log(1 / 0.07)  # where CLIP starts
+        start = math.log(section.scale) if section.scale else float(backbone.log_scale)
         self.log_scale = nn.Parameter(torch.tensor(min(start, self.max_log_scale)))
 
     def collate(self, samples, rng):
