@@ -7,6 +7,7 @@ import shutil
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from vl_mtl_lora import AdapterConfig, TaskRouter, UserError, inject, load_backbone
@@ -194,6 +195,20 @@ def test_adapters_take_over_the_mode_and_dropout_is_off_in_evaluation(tiny_backb
     randomize(inject(backbone, AdapterConfig(rank=4, dropout=0.5), router))
     with torch.no_grad(), router.use("a"):
         assert torch.equal(backbone.encode_image(images), backbone.encode_image(images))
+
+
+def test_augmentation_options_are_the_library_s_own(tiny_backbone):
+    backbone, noise = tiny_backbone(), Image.effect_noise((40, 40), 90).convert("RGB")
+    options = {"scale": [0.5, 1.0], "color_jitter": [0.2, 0.2, 0.2, 0.1], "color_jitter_prob": 1.0}
+    transform = backbone.preprocess(True, **options)
+    torch.manual_seed(0)
+    assert not torch.equal(transform(noise), transform(noise))
+    plain = backbone.preprocess(False)
+    assert torch.equal(plain(noise), plain(noise)) and plain(noise).shape == (3, 32, 32)
+    with pytest.raises(UserError, match="did you mean scale"):
+        backbone.preprocess(True, scael=1)
+    with pytest.raises(UserError, match="open_clip refuses"):
+        backbone.preprocess(True, color_jitter_prob=1.0)
 
 
 def test_a_failed_inject_leaves_a_backbone_that_can_be_used(tiny_backbone):

@@ -7,6 +7,7 @@ width -> joint space through the model's own `visual.proj`, joint space -> text 
 """
 
 import logging
+import warnings
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
@@ -124,8 +125,13 @@ class OpenClipBackbone(Backbone):
         for option in augmentation:
             if option not in valid:
                 raise UserError(f"augment: open_clip knows no option {option!r}", near=(option, valid))
-        return image_transform_v2(PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=train,
-                                  aug_cfg=augmentation or None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unused augmentation cfg items")  # said of items that it does use
+            try:
+                return image_transform_v2(PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=train,
+                                          aug_cfg=augmentation or None)
+            except (AssertionError, TypeError, ValueError) as error:
+                raise UserError(f"augment: open_clip refuses {augmentation}: {error or 'values do not fit'}") from error
 
     # -- towers ---------------------------------------------------------------------------------------------------
 
