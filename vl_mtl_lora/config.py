@@ -99,14 +99,6 @@ _KINDS = {"retrieval": RetrievalSection, "vqa": VQASection, "captioning": Captio
 TaskSection = Annotated[RetrievalSection | VQASection | CaptioningSection, Field(discriminator="kind")]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 3e-4 for a text, since it has no point; this takes it for the number that it is."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"),
-                              list("-+0123456789"))
-
-
 class DataSection(_Strict):
     workers: int = Field(0, ge=0)  # loader processes; the order of samples does not depend on it
     shuffle: int = Field(2000, ge=1)  # samples held in each task's shuffle buffer
@@ -150,6 +142,14 @@ class RunConfig(_Strict):
                      for name, task in tasks.items()}
             data = {**data, "tasks": tasks}
         return data
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 3e-4 for a text, since it has no point; this takes it for the number that it is."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"),
+                              list("-+0123456789"))
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:

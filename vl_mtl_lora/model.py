@@ -12,7 +12,7 @@ from vl_mtl_lora.backbones.base import Backbone
 from vl_mtl_lora.config import RunConfig
 from vl_mtl_lora.data.stream import Batch
 from vl_mtl_lora.errors import UserError
-from vl_mtl_lora.lora import AdapterConfig, AdapterSummary, inject
+from vl_mtl_lora.lora import AdapterConfig, AdapterSummary, adapter_parameters, inject
 from vl_mtl_lora.routing import TaskRouter
 from vl_mtl_lora.tasks import build_tasks, task_needs
 
@@ -39,8 +39,8 @@ class MultiTaskModel(nn.Module):
 
     def adapter_state(self) -> dict[str, nn.Parameter]:
         """Every adapter tensor under its logical name, e.g. `image.3.attn.qkv.down`."""
-        return {f"{place}.{name}": getattr(layer, name) for place, layer in self.summary.layers.items()
-                for name in ("down", "transform", "up", "mix")}
+        return {f"{place}.{name}": parameter for place, layer in self.summary.layers.items()
+                for name, parameter in adapter_parameters(layer).items()}
 
     def head_state(self) -> dict[str, nn.Parameter]:
         """Every task head's tensor, e.g. `retrieval.log_scale`."""
