@@ -98,3 +98,21 @@ def test_quickstart_again_replaces_its_own_run(tmp_path, monkeypatch):
     assert {"results.json", "report.md", "report.html", "best", "last"} <= {p.name for p in (tmp_path / "q").iterdir()}
     assert (tmp_path / "q" / "report.html").read_text().count("<figure>") == 12
     assert set(results["seconds"]) == {"shards", "training", "evaluation, zero-shot", "evaluation, adapted"}
+
+
+def test_pretraining_makes_a_base_with_the_shipped_vocabulary(tmp_path, monkeypatch):
+    import torch
+
+    from vl_mtl_lora import load_backbone
+
+    monkeypatch.syspath_prepend(str(ROOT / "data_scripts"))
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--out", str(tmp_path), "--naming-steps", "1", "--steps", "1"])
+    state = torch.get_rng_state()
+    runpy.run_path(str(ROOT / "data_scripts" / "pretrain_micro_clip.py"), run_name="__main__")
+    torch.set_rng_state(state)
+    shipped = ROOT / "vl_mtl_lora" / "embedded" / "micro_clip"
+    for name in ("tokenizer.json", "tokenizer_config.json", "open_clip_config.json"):
+        assert (tmp_path / name).read_bytes() == (shipped / name).read_bytes()
+    new, old = load_backbone("open_clip", f"local-dir:{tmp_path}"), load_backbone("open_clip", "micro-clip")
+    assert {n: p.shape for n, p in new.named_parameters()} == {n: p.shape for n, p in old.named_parameters()}
+    assert sum(f.stat().st_size for f in shipped.iterdir()) < 6e6

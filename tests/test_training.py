@@ -107,7 +107,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_config):
         if step == 2:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(UserError, match="stopped at step 3.*--resume"):  # the step under way is done whole
+    with pytest.raises(UserError, match="stopped at step 3.*config.yaml --resume"):  # the step under way is done whole
         train(config, on_step=interrupt)
     assert losses_of(config, resume=True).keys() == {4, 5, 6}
 

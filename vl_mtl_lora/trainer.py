@@ -124,7 +124,8 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
             if saves:
                 save_checkpoint(last, model, config, step=step, resume=_resume_state(model, optimizer))
             if stop and not at_end:
-                raise UserError(f"stopped at step {step}; {last} is saved, go on with --resume")
+                raise UserError(f"stopped at step {step}; {last} is saved, go on with: "
+                                f"vl-mtl-lora train {out / 'config.yaml'} --resume")
     return out
 
 

