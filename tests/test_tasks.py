@@ -46,6 +46,13 @@ def test_contrastive_loss_shares_the_mass_among_captions_of_one_image():
     torch.testing.assert_close(got.double(), total, atol=1e-6, rtol=1e-6)
 
 
+def test_rows_of_one_image_or_one_caption_are_positives_of_each_other(tiny_backbone):
+    rows = [(0, "a red circle"), (1, "blue"), (0, "red"), (2, "blue")]
+    samples = [sample(image_id=i, captions=[caption]) for i, caption in rows]
+    positives = task(tiny_backbone(), "retrieval").collate(samples, random.Random(0))["positives"]
+    assert positives.int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
+
+
 def test_next_token_inputs_supervise_target_and_end_alone(tiny_backbone):
     text = tiny_backbone().text
     inputs = next_token_inputs(text, ["a", "what color"], ["red circle", "blue"])
@@ -127,7 +134,8 @@ def test_retrieval_scores_images_once_and_all_their_captions(tiny_backbone):
     predictions = [(eye[0], eye[[0, 0]]), (eye[1], eye[[1]]), (eye[0], eye[[0]])]
     metrics = made.score(predictions, samples)
     assert metrics["image_to_text_recall@1"] == 100 and metrics["text_to_image_recall@1"] == 100
-    assert made.answers(predictions, samples) == [("a", True), ("c", True), ("a", True)]
+    assert made.answers(predictions, samples, [0, 1, 2]) == [("a", True), ("c", True), ("a", True)]
+    assert made.answers(predictions, samples, [1]) == [("c", True)]
 
 
 def test_a_task_whose_need_is_missing_fails_at_build(tiny_backbone):

@@ -1,4 +1,4 @@
-"""`python -m vl_mtl_lora`, and what `accelerate launch -m` and `torchrun -m` start."""
+"""`python -m vl_mtl_lora`."""
 
 from vl_mtl_lora.cli import main
 

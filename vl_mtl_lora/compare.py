@@ -8,7 +8,8 @@ from vl_mtl_lora.checkpoint import find_checkpoint, load_run, read_description
 from vl_mtl_lora.data.reader import FaultLog, Source, read_samples
 from vl_mtl_lora.data.shards import Sample
 from vl_mtl_lora.evaluate import Evaluation, build_sources, evaluate_task
-from vl_mtl_lora.report import pick_examples, read_log, results_dict, write_report
+from vl_mtl_lora.report import pick_examples, results_dict, write_report
+from vl_mtl_lora.trainer import read_log
 
 
 def compare(run: str | Path, split: str = "test", limit: int | None = None,
@@ -39,16 +40,19 @@ def compare(run: str | Path, split: str = "test", limit: int | None = None,
              "trainable": model.summary.total, "share": 100.0 * model.summary.total / frozen,
              "steps": read_description(checkpoint)["step"], "checkpoint": checkpoint.name}
     results = results_dict(arms["zero_shot"], arms["adapted"], run=about, split=split, seconds=seconds,
-                                  faults=[fault for *_, options in sources for fault in options["faults"].report()])
+                           faults=[fault for *_, options in sources for fault in options["faults"].report()])
     by_task = {name: source for name, source, _ in sources}
     examples = pick_examples(model.tasks, arms["zero_shot"], arms["adapted"],
-                             lambda sample: _picture(sample, by_task[sample.task], config.data.ignore_tasks))
+                             lambda samples: _pictures(samples, by_task[samples[0].task]))
     write_report(folder, results, examples, read_log(folder))
     return results
 
 
-def _picture(sample: Sample, source: Source, ignored: Sequence[str]) -> bytes:
-    """Reads one sample's image from its shard again."""
-    tags = [source.task, sample.task, *ignored]
-    found = read_samples(source, tags, FaultLog(1.0, quiet=True), [sample.shard])
-    return next(again.image for again in found if again.key == sample.key)
+def _pictures(samples: Sequence[Sample], source: Source) -> list[bytes]:
+    """Reads the images of one task's samples from their shards again, each shard once."""
+    shards = dict.fromkeys(sample.shard for sample in samples)
+    wanted = {(sample.shard, sample.key) for sample in samples}
+    faults = FaultLog(1.0, quiet=True)  # told when the samples were evaluated
+    again = read_samples(source, [source.task], faults, list(shards))
+    found = {(s.shard, s.key): s.image for s in again if (s.shard, s.key) in wanted}
+    return [found[sample.shard, sample.key] for sample in samples]

@@ -71,7 +71,7 @@ class _RoutedLinear(torch.autograd.Function):
 
 
 def _slices(up: Tensor, z: Tensor, y: Tensor, route: Route):
-    """(index into T, z's part, y's part, d_up's index) for every split and run of rows."""
+    """(split, index into T, z's part, y's part) for every split and run of rows."""
     splits, _, rank, out = up.shape
     tokens = len(z) // route.num_rows if route.num_rows else len(z)
     runs = ((0, 0, 1),) if route.task is not None else route.runs

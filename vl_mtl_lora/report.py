@@ -12,7 +12,6 @@ from pathlib import Path
 from jinja2 import Environment
 
 from vl_mtl_lora.data.shards import Sample, decode_image
-from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.evaluate import Evaluation
 from vl_mtl_lora.metrics.caption import TOKENIZER
 
@@ -49,22 +48,22 @@ def results_dict(zero_shot: Mapping[str, Evaluation], adapted: Mapping[str, Eval
 
 
 def pick_examples(tasks, zero_shot: Mapping[str, Evaluation], adapted: Mapping[str, Evaluation],
-                  picture_of: Callable[[Sample], bytes], count: int = _GALLERY) -> list[Example]:
+                  pictures_of: Callable[[Sequence[Sample]], list[bytes]], count: int = _GALLERY) -> list[Example]:
     """Pictures spread evenly over each task's test samples, whatever the answers: no choice that flatters an arm.
 
-    picture_of: fetches the image file of a sample, which evaluations do not keep.
+    pictures_of: fetches the image files of samples of one task, which evaluations do not keep.
     """
     examples = []
     share = max(1, count // len(adapted))
     for name, evaluation in adapted.items():
         samples = evaluation.samples
-        before = tasks[name].answers(zero_shot[name].predictions, samples)
-        after = tasks[name].answers(evaluation.predictions, samples)
-        for i in sorted({(2 * k + 1) * len(samples) // (2 * share) for k in range(share)}):
+        rows = sorted({(2 * k + 1) * len(samples) // (2 * share) for k in range(share)})
+        before = tasks[name].answers(zero_shot[name].predictions, samples, rows)
+        after = tasks[name].answers(evaluation.predictions, samples, rows)
+        for i, picture, *said in zip(rows, pictures_of([samples[i] for i in rows]), before, after):
             fields = samples[i].fields
             truth = fields.get("answers") or fields.get("captions") or []
-            examples.append(Example(name, picture_of(samples[i]), fields.get("question", ""),
-                                    " / ".join(dict.fromkeys(truth)), before[i], after[i]))
+            examples.append(Example(name, picture, fields.get("question", ""), " / ".join(dict.fromkeys(truth)), *said))
     return examples
 
 
@@ -80,18 +79,6 @@ def write_report(folder: str | Path, results: Mapping, examples: Sequence[Exampl
     (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(markdown_report(results, examples), encoding="utf-8")
     (folder / "report.html").write_text(html_report(results, examples, log), encoding="utf-8")
-
-
-def read_log(run: str | Path) -> list[dict]:
-    """The entries of a run's log.jsonl; none where there is no log."""
-    path = Path(run) / "log.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    try:  # a line that was being written when the run broke off is left out
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def metric_rows(results: Mapping) -> list[tuple[str, str, float, float]]:

@@ -38,8 +38,8 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
         on_step: called after each optimizer step with the step number and its logged values.
 
     Raises:
-        UserError: a config, shard or checkpoint that cannot be used; a folder that already holds another run; a loss
-            that is no number.
+        UserError: a config, shard or checkpoint that cannot be used; a folder that already holds another run; a
+            gradient that is no number.
     """
     out, section = Path(config.out), config.train
     last = out / "last"
@@ -185,10 +185,10 @@ class Journal:
 
     def __init__(self, out: Path, after: int):
         """after: entries of later steps are dropped, so that a resumed run tells no step twice."""
-        path = out / "log.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= after] if after else []
-        path.write_text("".join(kept), encoding="utf-8")
-        self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        kept = [entry for entry in read_log(out) if entry["step"] <= after] if after else []
+        self._stream = open(out / "log.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        self._stream.writelines(json.dumps(entry) + "\n" for entry in kept)
+        self._stream.flush()
         self._board = SummaryWriter(out / "tensorboard", purge_step=after + 1)
 
     def write(self, entry: dict) -> None:
@@ -206,9 +206,17 @@ class Journal:
         self._board.close()
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a log; one that was being written when the run broke off is left out."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+def read_log(run: str | Path) -> list[dict]:
+    """The entries of a run's log.jsonl; none where there is no log.
+
+    A line that was being written when the run broke off is left out. Raises UserError where the log is damaged.
+    """
+    path = Path(run) / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def generate(backbone, states, prompts: Sequence[str], max_new_tokens: int, num_
         lengths = torch.tensor([len(s) for s in starts]).repeat_interleave(beams)
         # Each row ends by its own length: what a row says does not depend on its neighbours.
         limits = (lengths + max_new_tokens).clamp(max=text.context_length)
-        tokens = _pad(starts, int(limits.max())).repeat_interleave(beams, 0)
+        tokens = pad_ids(starts, int(limits.max())).repeat_interleave(beams, 0)
         tokens, lengths, limits = (part.to(backbone.device) for part in (tokens, lengths, limits))
         # Only the first beam of a row is alive at the start, or all would be the same.
         scores = torch.full((rows, beams), float("-inf"), device=tokens.device)
@@ -75,7 +75,7 @@ def score_continuations(backbone, states, prompts: Sequence[str], candidates: Se
     room = text.context_length - max(map(len, ends))
     starts = [[text.bos_id, *ids][:room] for ids in text.ids(prompts)]
     lengths = torch.tensor([len(s) for s in starts], device=backbone.device)
-    x = backbone.token_states(states, _pad(starts, int(lengths.max())).to(backbone.device))
+    x = backbone.token_states(states, pad_ids(starts).to(backbone.device))
     last = x[torch.arange(len(starts), device=x.device), lengths - 1]
     first = F.log_softmax(backbone.logits(last).float(), dim=-1)
     scores = first[:, torch.tensor([end[0] for end in ends], device=x.device)]
@@ -83,7 +83,7 @@ def score_continuations(backbone, states, prompts: Sequence[str], candidates: Se
         if len(end) == 1:
             continue
         full = [[*start, *end[:-1]] for start in starts]
-        x = backbone.token_states(states, _pad(full, max(map(len, full))).to(backbone.device))
+        x = backbone.token_states(states, pad_ids(full).to(backbone.device))
         for offset, token in enumerate(end[1:]):
             at = x[torch.arange(len(full), device=x.device), lengths + offset]
             scores[:, column] += F.log_softmax(backbone.logits(at).float(), dim=-1)[:, token]
@@ -91,7 +91,9 @@ def score_continuations(backbone, states, prompts: Sequence[str], candidates: Se
     return scores
 
 
-def _pad(rows: list[list[int]], width: int) -> Tensor:
+def pad_ids(rows: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
+    """Token id lists -> (B, width), padded with 0 on the right; without a width, as wide as the longest."""
+    width = width or max(map(len, rows))
     out = torch.zeros(len(rows), width, dtype=torch.long)
     for line, ids in zip(out, rows):
         line[:len(ids)] = torch.tensor(ids)

@@ -22,8 +22,7 @@ from vl_mtl_lora.errors import UserError
 
 IMAGE_TYPES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-_FIELDS = {"captions": ("captions",), "vqa": ("question", "answers", "question_id")}
-KIND_FIELDS = {"retrieval": _FIELDS["captions"], "captioning": _FIELDS["captions"], "vqa": _FIELDS["vqa"]}
+KIND_FIELDS = {"retrieval": ("captions",), "captioning": ("captions",), "vqa": ("question", "answers", "question_id")}
 
 
 class BadSample(Exception):

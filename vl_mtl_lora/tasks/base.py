@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vl_mtl_lora.backbones.base import Backbone, ImageStates, TextCodec
+from vl_mtl_lora.backbones.generation import pad_ids
 from vl_mtl_lora.data.shards import Sample
 
 
@@ -35,16 +36,9 @@ class Task(Protocol):
     def score(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> dict[str, float]:
         """Metrics over a whole evaluation."""
 
-    def answers(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> list[tuple[str, bool]]:
-        """(what the model said, whether it counts as right) per sample, for people to read."""
-
-
-def pad_trimmed(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Token id lists -> (B, longest), padded with 0."""
-    out = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for line, ids in zip(out, rows):
-        line[:len(ids)] = torch.tensor(ids)
-    return out
+    def answers(self, predictions: Sequence[Any], samples: Sequence[Sample],
+                rows: Sequence[int]) -> list[tuple[str, bool]]:
+        """(what the model said, whether it counts as right) of some rows, for people to read."""
 
 
 def text_rows(text: TextCodec, texts: Sequence[str]) -> Tensor:
@@ -52,7 +46,7 @@ def text_rows(text: TextCodec, texts: Sequence[str]) -> Tensor:
 
     The text tower is causal and pools at the end mark, so columns after the last mark change nothing but the cost.
     """
-    return pad_trimmed([[text.bos_id, *ids, text.eos_id] for ids in text.ids(texts)])
+    return pad_ids([[text.bos_id, *ids, text.eos_id] for ids in text.ids(texts)])
 
 
 def next_token_inputs(text: TextCodec, prompts: Sequence[str], targets: Sequence[str]) -> dict[str, Tensor]:
@@ -75,7 +69,7 @@ def next_token_inputs(text: TextCodec, prompts: Sequence[str], targets: Sequence
         first = max(1, len(row) - len(target) - 1)  # the end mark follows the target
         positions += range(i * width + first - 1, i * width + len(row) - 1)
         labels += row[first:]
-    return {"tokens": pad_trimmed([row[:-1] for row in rows]), "positions": torch.tensor(positions),
+    return {"tokens": pad_ids([row[:-1] for row in rows]), "positions": torch.tensor(positions),
             "labels": torch.tensor(labels)}
 
 

@@ -39,6 +39,6 @@ class Captioning(nn.Module):
             references += [c for c in sample.fields["captions"] if c not in references]
         return caption_metrics(*zip(*seen.values()))
 
-    def answers(self, predictions, samples):
-        return [(p, tokenize_caption(p) in [tokenize_caption(c) for c in s.fields["captions"]])
-                for p, s in zip(predictions, samples)]
+    def answers(self, predictions, samples, rows):
+        return [(said := predictions[i], tokenize_caption(said) in map(tokenize_caption, samples[i].fields["captions"]))
+                for i in rows]

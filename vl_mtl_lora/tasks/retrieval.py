@@ -25,7 +25,7 @@ class Retrieval(nn.Module):
         super().__init__()
         self.name = name
         self.text = backbone.text
-        start = math.log(section.scale) if section.scale else float(backbone.log_scale)
+        start = math.log(section.scale) if section.scale else backbone.log_scale
         self.log_scale = nn.Parameter(torch.tensor(min(start, self.max_log_scale)))
 
     def collate(self, samples, rng):
@@ -50,16 +50,13 @@ class Retrieval(nn.Module):
     def score(self, predictions, samples):
         return retrieval_metrics(*self._gather(predictions, samples))
 
-    def answers(self, predictions, samples):
-        images, image_groups, texts, text_groups = self._gather(predictions, samples)
+    def answers(self, predictions, samples, rows):
+        """The nearest caption of each picture."""
+        _, _, texts, text_groups = self._gather(predictions, samples)
         captions = [caption for s in samples for caption in s.fields["captions"]]
-        said = []
         groups = self._groups(samples)
-        row_of = {group: row for row, group in reversed(list(enumerate(image_groups.tolist())))}
-        for group in groups:
-            nearest = int((texts @ images[row_of[group]]).argmax())
-            said.append((captions[nearest], int(text_groups[nearest]) == group))
-        return said
+        nearest = [int((texts @ predictions[i][0]).argmax()) for i in rows]
+        return [(captions[text], int(text_groups[text]) == groups[i]) for i, text in zip(rows, nearest)]
 
     @staticmethod
     def _groups(samples) -> list[int]:

@@ -95,5 +95,6 @@ class VQA(nn.Module):
         hits = [vqa_accuracy(p, s.fields["answers"], self.rule) for p, s in zip(predictions, samples)]
         return {"accuracy": 100.0 * sum(hits) / max(len(hits), 1)}
 
-    def answers(self, predictions, samples):
-        return [(p, vqa_accuracy(p, s.fields["answers"], self.rule) >= 0.5) for p, s in zip(predictions, samples)]
+    def answers(self, predictions, samples, rows):
+        return [(predictions[i], vqa_accuracy(predictions[i], samples[i].fields["answers"], self.rule) >= 0.5)
+                for i in rows]
