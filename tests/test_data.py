@@ -12,9 +12,11 @@ from PIL import Image
 
 from tests.conftest import tiny_samples
 from vl_mtl_lora import UserError, write_shards
+from vl_mtl_lora.data.pictures import decode_image
 from vl_mtl_lora.data.reader import FaultLog, Source, expand_urls, read_samples
-from vl_mtl_lora.data.shards import BadSample, decode_image, read_jsonl
+from vl_mtl_lora.data.shards import read_jsonl
 from vl_mtl_lora.data.stream import BatchStream, Quota, eval_batches, train_batches
+from vl_mtl_lora.errors import BadSample
 
 TASKS = ["retrieval", "vqa", "captioning"]
 KINDS = dict(zip(TASKS, TASKS))

@@ -1,4 +1,4 @@
-"""The one exception for everything a user can mend; the command line turns it into one line and exit code 2."""
+"""UserError: what a user can mend, one line and exit code 2 on the command line. BadSample: what a reader skips."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,6 +12,10 @@ class UserError(Exception):
 
     def __init__(self, message: str, near: tuple[str, Iterable[str]] | None = None):
         super().__init__(message + (did_you_mean(*near) if near else ""))
+
+
+class BadSample(Exception):
+    """Why a sample cannot be used."""
 
 
 def did_you_mean(got: str, valid: Iterable[str]) -> str:

@@ -15,8 +15,8 @@ import braceexpand
 import webdataset as wds
 
 from vl_mtl_lora.config import TaskSection
-from vl_mtl_lora.data.shards import IMAGE_EXTENSIONS, BadSample, Sample, check_fields
-from vl_mtl_lora.errors import UserError
+from vl_mtl_lora.data.shards import IMAGE_EXTENSIONS, Sample, check_fields
+from vl_mtl_lora.errors import BadSample, UserError
 
 log = logging.getLogger(__name__)
 

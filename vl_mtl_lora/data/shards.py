@@ -16,17 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import webdataset as wds
-from PIL import Image, ImageOps
+from PIL import Image
 
-from vl_mtl_lora.errors import UserError
+from vl_mtl_lora.data.pictures import decode_image
+from vl_mtl_lora.errors import BadSample, UserError
 
 IMAGE_TYPES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 KIND_FIELDS = {"retrieval": ("captions",), "captioning": ("captions",), "vqa": ("question", "answers", "question_id")}
-
-
-class BadSample(Exception):
-    """Why a sample cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -73,24 +70,6 @@ def _require(fields: dict, name: str, valid, wanted: str) -> None:
         raise BadSample(f"field {name} is missing")
     if not valid(fields[name]):
         raise BadSample(f"field {name} is not {wanted}: {str(fields[name])[:60]!r}")
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """Bytes of an image file -> upright RGB image. Raises BadSample where they cannot be decoded."""
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            # Transparent pixels hold arbitrary colours: show them on white, as a viewer would.
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB")
-        if image.mode.startswith("I;16"):  # convert() would cut 16 bits off at 255 instead of scaling them
-            image = image.convert("I").point(lambda value: value / 257).convert("L")
-        return image.convert("RGB")
-    except Exception as error:  # Pillow raises many types on broken files
-        raise BadSample(f"image cannot be decoded: {type(error).__name__}") from error
 
 
 def write_shards(samples: Iterable[Mapping[str, Any]], out_dir: str | Path, *, name: str = "shard",
