@@ -36,12 +36,29 @@ def test_towers_take_routes_of_their_own_and_keep_the_others():
         router.route("text")
 
 
+def test_rows_are_repeated_each_by_its_own_number_and_a_part_of_a_tower_has_rows_of_its_own():
+    router = TaskRouter(["a", "b"])
+    router.towers = frozenset({"image", "text"})
+    with router.use(torch.tensor([1, 0, 1])), router.repeat(**{"image": [4, 8, 4], "image.merged": [1, 2, 1]}):
+        assert router.route("image").ids.tolist() == [1] * 4 + [0] * 8 + [1] * 4
+        assert router.route("image.merged").ids.tolist() == [1, 0, 0, 1]
+        assert router.route("text").ids.tolist() == [1, 0, 1]
+        with router.use(image=torch.tensor([0])):
+            assert router.route("image.merged").ids.tolist() == [1, 0, 0, 1]  # its own route stays
+    with router.use(image=torch.tensor([1])):
+        assert router.route("image.merged").ids.tolist() == [1]  # the tower's, having none
+    with router.use("b"), router.repeat(image=[3, 2]):
+        assert router.route("image").task == 1
+    with router.off(), router.repeat(image=[3, 2]):
+        assert router.route("image") is None
+
+
 def test_repeat_follows_the_order_of_beams():
     router = TaskRouter(["a", "b"])
-    with router.use(torch.tensor([0, 1])), router.repeat("text", 3):
+    with router.use(torch.tensor([0, 1])), router.repeat(text=3):
         assert route_of(router, "text") == [0, 0, 0, 1, 1, 1]
         assert route_of(router, "image") == [0, 1]
-    with router.use("b"), router.repeat("text", 3):
+    with router.use("b"), router.repeat(text=3):
         assert route_of(router, "text") == 1
 
 

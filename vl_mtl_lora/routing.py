@@ -91,7 +91,7 @@ class TaskRouter:
         if (target is None) == (not towers):
             raise UserError("router.use takes one target for all towers, or one per tower by name")
         for tower in towers:
-            if self.towers and tower not in self.towers:
+            if self.towers and tower.partition(".")[0] not in self.towers:
                 raise UserError(f"router.use: unknown tower {tower!r}", near=(tower, self.towers))
         if target is not None:
             return self._set({"*": self._route(target)})
@@ -102,20 +102,29 @@ class TaskRouter:
         return self._set({"*": None})
 
     def route(self, tower: str) -> Route | None:
-        """The current route of a tower; None means off. Raises RuntimeError where no route is set."""
-        if tower in self._state:
-            return self._state[tower]
-        if "*" in self._state:
-            return self._state["*"]
+        """The current route of a tower; None means off. Raises RuntimeError where no route is set.
+
+        A part of a tower that sees other rows, such as `image.merged`, has the tower's route until it gets its own.
+        """
+        for key in (tower, tower.partition(".")[0], "*"):
+            if key in self._state:
+                return self._state[key]
         raise RuntimeError(f"no route is set for the {tower} tower: run the model under router.use(...) or "
                            "router.off()")
 
-    def repeat(self, tower: str, times: int) -> AbstractContextManager:
-        """Rows of a tower repeated in the order a a b b, as beam search repeats them; any other route stays."""
-        route = self._state.get(tower, self._state.get("*"))
-        if route is None or route.ids is None or times == 1:
-            return nullcontext(self)
-        return self.use(**{tower: Route.of_rows(route.ids.repeat_interleave(times))})
+    def repeat(self, **times: "int | Sequence[int]") -> AbstractContextManager:
+        """Rows of towers repeated in the order a a b b: every row so often, or each as often as its own number says.
+
+        So beam search repeats rows of text, crops repeat rows of pictures, and patches do in a tower without a batch
+        axis. A route of one task, or none, holds for any number of rows and stays.
+        """
+        state = dict(self._state)
+        for tower, count in times.items():
+            route = self.route(tower)
+            if route is not None and route.ids is not None:
+                count = torch.as_tensor(count, dtype=torch.int64)
+                state[tower] = Route.of_rows(route.ids.repeat_interleave(count))
+        return self._set(state)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """`context_fn` of torch.utils.checkpoint: a block run again in the backward pass sees its first route."""
