@@ -4,7 +4,7 @@ Formula, for a row of task t (arXiv 2410.09437, eq. 5 and 6):
 
     h = W x + (alpha / r) * sum_i softmax(w_t / tau)_i  B_i  Lambda_t  A  x
 
-Shape letters: S output slices, T tasks, N up-projections, R rank, I in, O out.
+Shape letters: S adapted output slices, T tasks, N up-projections, R rank, I in, O out, C columns of a slice.
 """
 
 import fnmatch
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vl_mtl_lora.backbones.base import Backbone, Place
+from vl_mtl_lora.backbones.base import ADAPTER_PARAMETERS, Backbone, Place
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.ops import routed_linear
 from vl_mtl_lora.routing import TaskRouter
@@ -30,7 +30,7 @@ class MTLLoRALinear(nn.Module):
     Parameters, stacked over tasks, with the paper's names:
         down (S, R, I): A, shared by all tasks, Kaiming-uniform.
         transform (S, T, R, R), or (S, T, R) where diagonal: Lambda, per task, the identity at start.
-        up (S, N, R, O/S): B transposed, N of them, shared, zero at start: a fresh layer equals the frozen one.
+        up (S, N, R, C): B transposed, N of them, shared, zero at start: a fresh layer equals the frozen one.
         mix (S, T, N): w, per task, whose softmax weighs the up-projections.
 
     Args:
@@ -40,7 +40,8 @@ class MTLLoRALinear(nn.Module):
         rank, alpha: r and alpha of the formula; the update is scaled by alpha / rank.
         num_tasks: T. num_up: N. temperature: tau.
         dropout: probability, on what A reads.
-        splits: S, output slices with adapters of their own (3 for a fused qkv).
+        splits: output slices with adapters of their own (3 for a fused qkv); C is O / splits.
+        slices: those of them that are adapted, all where None.
         transform: "full" (r x r) or "diagonal".
 
     Raises:
@@ -49,7 +50,7 @@ class MTLLoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, router: TaskRouter, *, tower: str, rank: int, alpha: float, num_tasks: int,
                  num_up: int = 3, temperature: float = 0.5, dropout: float = 0.0, splits: int = 1,
-                 transform: str = "full"):
+                 transform: str = "full", slices: Sequence[int] | None = None):
         super().__init__()
         base.requires_grad_(False)
         for name, value in (("rank", rank), ("num_tasks", num_tasks), ("num_up", num_up), ("splits", splits)):
@@ -63,6 +64,9 @@ class MTLLoRALinear(nn.Module):
             raise UserError(f"unknown transform {transform!r}", near=(transform, TRANSFORMS))
         if base.out_features % splits:
             raise UserError(f"{base.out_features} outputs do not divide into {splits} splits")
+        self.slices = tuple(range(splits) if slices is None else slices)
+        if not self.slices or not set(self.slices) <= set(range(splits)):
+            raise UserError(f"slices must be some of 0..{splits - 1}, got {list(self.slices)}")
         self.base = base
         self.router = router
         self.tower = tower
@@ -70,14 +74,17 @@ class MTLLoRALinear(nn.Module):
         self.scale = alpha / rank
         self.temperature = temperature
         self.dropout = nn.Dropout(dropout)
+        # A quantised layer, or one whose weight is spread over devices, computes its own product.
+        self.plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
         # Adapters of a half-precision base stay in float32: their updates would be lost in rounding.
         dtype = base.weight.dtype if base.weight.dtype == torch.float64 else torch.float32
         like = {"device": base.weight.device, "dtype": dtype}
-        self.down = nn.Parameter(torch.empty(splits, rank, base.in_features, **like))
+        adapted = len(self.slices)
+        self.down = nn.Parameter(torch.empty(adapted, rank, base.in_features, **like))
         eye = torch.eye(rank, **like) if transform == "full" else torch.ones(rank, **like)
-        self.transform = nn.Parameter(eye.repeat(splits, num_tasks, *[1] * eye.dim()))
-        self.up = nn.Parameter(torch.zeros(splits, num_up, rank, base.out_features // splits, **like))
-        self.mix = nn.Parameter(torch.empty(splits, num_tasks, num_up, **like))
+        self.transform = nn.Parameter(eye.repeat(adapted, num_tasks, *[1] * eye.dim()))
+        self.up = nn.Parameter(torch.zeros(adapted, num_up, rank, base.out_features // splits, **like))
+        self.mix = nn.Parameter(torch.empty(adapted, num_tasks, num_up, **like))
         for part in self.down:
             nn.init.kaiming_uniform_(part, a=math.sqrt(5))
         for part in self.mix:
@@ -114,10 +121,12 @@ class MTLLoRALinear(nn.Module):
                                f"{self.tower} tower")
         low = self.dropout(x) if self.training and self.dropout.p else None
         up = self._task_up(slice(None) if route.task is None else slice(route.task, route.task + 1))
-        return routed_linear(x, self.base.weight, self.base.bias, self.down, up, route, low)
+        weight, bias = (self.base.weight, self.base.bias) if self.plain else (None, None)
+        y = routed_linear(x, weight, bias, self.down, up, route, low=low, slices=self.slices, out=self.out_features)
+        return y if self.plain else self.base(x) + y
 
     def _task_up(self, tasks: slice) -> Tensor:
-        """(S, T, R, O/S): scale * Lambda_t^T sum_i softmax(w_t / tau)_i B_i^T, what a row's A x is multiplied by."""
+        """(S, T, R, C): scale * Lambda_t^T sum_i softmax(w_t / tau)_i B_i^T, what a row's A x is multiplied by."""
         with torch.autocast(self.up.device.type, enabled=False):
             dtype = torch.promote_types(self.mix.dtype, torch.float32)  # also after model.half()
             weights = F.softmax(self.mix[:, tasks].to(dtype) / self.temperature, dim=-1)
@@ -129,14 +138,23 @@ class MTLLoRALinear(nn.Module):
 
     @torch.no_grad()
     def fold(self, task_index: int) -> tuple[Tensor, Tensor]:
-        """The task's exact plain-LoRA factors A' (S, R, I) and B' (S, R, O/S): delta = (x A'^T) B' per slice."""
+        """The task's exact plain-LoRA factors A' (S, R, I) and B' (S, R, C): delta = (x A'^T) B' per slice."""
         return self.down.detach().clone(), self._task_up(slice(task_index, task_index + 1))[:, 0].clone()
 
     @torch.no_grad()
     def merged(self, task_index: int) -> nn.Linear:
-        """A plain linear layer that computes what this one does for one task, in the base's dtype."""
+        """A plain linear layer that computes what this one does for one task, in the base's dtype.
+
+        Raises:
+            UserError: the base is quantised.
+        """
+        if not self.plain:
+            raise UserError(f"{self.name}: a {type(self.base.weight).__name__} cannot be merged into; load the base "
+                            "without quantize")
         down, up = self.fold(task_index)
-        delta = torch.einsum("sri,sro->soi", down.double(), up.double()).flatten(0, 1)  # (O, I)
+        delta = torch.zeros(self.out_features, self.in_features, dtype=torch.float64, device=down.device)
+        parts = delta.view(-1, up.shape[-1], self.in_features)  # (splits, C, I)
+        parts[list(self.slices)] = torch.einsum("sri,sro->soi", down.double(), up.double())
         out = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None,
                         device=self.weight.device, dtype=self.weight.dtype)
         out.weight.copy_((self.weight.double() + delta).to(self.weight.dtype))
@@ -145,8 +163,8 @@ class MTLLoRALinear(nn.Module):
         return out
 
     def extra_repr(self) -> str:
-        splits, tasks, up, rank = *self.mix.shape, self.down.shape[1]
-        return f"tower={self.tower}, rank={rank}, tasks={tasks}, up={up}, splits={splits}"
+        _, tasks, up, rank = *self.mix.shape, self.down.shape[1]
+        return f"tower={self.tower}, rank={rank}, tasks={tasks}, up={up}, slices={self.slices}"
 
 
 @dataclass(frozen=True)
@@ -154,8 +172,11 @@ class AdapterConfig:
     """Hyperparameters of the adapters; see `MTLLoRALinear`.
 
     targets: logical places to adapt, as patterns `TOWER.ROLE` or `TOWER.BLOCKS.ROLE`, where each part may hold shell
-        wildcards, BLOCKS may be a range "2-5", and a single role stands for both towers: "attn.qkv",
-        "image.attn.*", "text.4-11.mlp.in", "projector". Roles: attn.qkv, attn.out, mlp.in, mlp.out, projector.
+        wildcards, BLOCKS may be a range "2-5", a role alone stands for all towers, a tower alone for all in it, and
+        the beginning of a role for all that begin so: "attn", "image", "image.attn.qkv", "text.4-11.mlp.in",
+        "projector". Of a fused qkv, "attn.q" and "attn.v" adapt those parts alone. Roles: attn.qkv (attn.q, attn.k,
+        attn.v), attn.out, mlp.in, mlp.gate, mlp.out, projector; pool.* of an attention pool, cross.* of
+        cross-attention.
     """
 
     rank: int = 8
@@ -169,12 +190,18 @@ class AdapterConfig:
 
 @dataclass
 class AdapterSummary:
-    """What `inject` did: per tower the modules matched and the trainable parameters, and each layer by logical name."""
+    """What `inject` did.
+
+    modules, parameters: per tower, the layers adapted and their trainable parameters. layers, places: by logical name.
+    left_out: name of a layer that is no place -> why.
+    """
 
     config: AdapterConfig = field(default_factory=AdapterConfig)
     modules: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     layers: dict[str, MTLLoRALinear] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -198,48 +225,70 @@ def inject(backbone: Backbone, config: AdapterConfig, router: TaskRouter,
     """
     if any(isinstance(module, MTLLoRALinear) for module in backbone.modules()):
         raise UserError("the backbone already has adapters: load it again to inject others")
-    freeze(backbone)
     places = backbone.places(backbone.capabilities if needs is None else needs)
-    chosen: list[Place] = []
+    freeze(backbone)
+    slices: list[set[int]] = [set() for _ in places]
     for target in config.targets:
-        matched = [place for place in places if _matches(target, place)]
-        if not matched:
-            names = sorted({f"{p.tower}.{p.role}" if p.block >= 0 else p.role for p in places})
+        matched = [_matched_slices(target, place) for place in places]
+        if not any(matched):
+            names = sorted({f"{p.tower}.{p.role}" for p in places})
             raise UserError(f"adapter.targets: {target!r} matches nothing; this backbone has {', '.join(names)} "
                             f"in blocks 0-{max(p.block for p in places)}", near=(target, names))
-        chosen += [place for place in matched if place not in chosen]
+        slices = [have | new for have, new in zip(slices, matched)]
     backbone.router = router
     router.towers = frozenset(backbone.towers)
     zero = dict.fromkeys(backbone.towers, 0)
-    summary = AdapterSummary(config=config, modules=dict(zero), parameters=dict(zero))
-    for place in chosen:
+    summary = AdapterSummary(config=config, modules=dict(zero), parameters=dict(zero),
+                             left_out=dict(backbone.left_out))
+    for place, chosen in zip(places, slices):
+        if not chosen:
+            continue
         layer = MTLLoRALinear(
-            getattr(place.parent, place.attribute), router, tower=place.tower, rank=config.rank, alpha=config.alpha,
-            num_tasks=len(router.task_names), num_up=config.num_up, temperature=config.temperature,
-            dropout=config.dropout, splits=place.splits, transform=config.transform)
+            getattr(place.parent, place.attribute), router, tower=place.rows or place.tower, rank=config.rank,
+            alpha=config.alpha, num_tasks=len(router.task_names), num_up=config.num_up,
+            temperature=config.temperature, dropout=config.dropout, splits=place.splits, slices=sorted(chosen),
+            transform=config.transform)
+        if len(chosen) < place.splits:  # attn.qkv -> attn.qv
+            place = place._replace(role=place.role[:-3] + "".join("qkv"[i] for i in sorted(chosen)))
         layer.name = place.name
         layer.train(backbone.training)
         setattr(place.parent, place.attribute, layer)
-        summary.layers[place.name] = layer
+        summary.layers[place.name], summary.places[place.name] = layer, place
         summary.modules[place.tower] += 1
         summary.parameters[place.tower] += sum(p.numel() for p in adapter_parameters(layer).values())
     return summary
 
 
-def _matches(target: str, place: Place) -> bool:
-    """Anchored at both ends: a pattern for one tower never leaks into the other."""
-    if place.block < 0:
-        return fnmatch.fnmatchcase(place.role, target) or fnmatch.fnmatchcase(f"{place.tower}.{place.role}", target)
-    if fnmatch.fnmatchcase(place.role, target) or fnmatch.fnmatchcase(f"{place.tower}.{place.role}", target):
+def _matched_slices(target: str, place: Place) -> set[int]:
+    """Which output slices of a place a target stands for."""
+    if _matches(target, place, place.role):
+        return set(range(place.splits))
+    if place.splits != 3:
+        return set()
+    stem = place.role.removesuffix("qkv")
+    return {i for i, part in enumerate("qkv") if _matches(target, place, stem + part)}
+
+
+def _matches(target: str, place: Place, role: str) -> bool:
+    """Anchored at both ends: a pattern for one tower never leaks into another."""
+    if target == place.tower or _matches_role(target, role):
         return True
     tower, _, rest = target.partition(".")
-    blocks, _, role = rest.partition(".")
-    if not fnmatch.fnmatchcase(place.tower, tower) or not fnmatch.fnmatchcase(place.role, role):
+    if not fnmatch.fnmatchcase(place.tower, tower):
+        return False
+    if _matches_role(rest, role):
+        return True
+    blocks, _, pattern = rest.partition(".")
+    if place.block < 0 or not _matches_role(pattern, role):
         return False
     first, _, last = blocks.partition("-")
     if first.isdigit() and (not last or last.isdigit()):
         return int(first) <= place.block <= int(last or first)
     return fnmatch.fnmatchcase(str(place.block), blocks)
+
+
+def _matches_role(pattern: str, role: str) -> bool:
+    return bool(pattern) and (fnmatch.fnmatchcase(role, pattern) or role.startswith(pattern + "."))
 
 
 def freeze(module: nn.Module) -> None:
@@ -250,4 +299,4 @@ def freeze(module: nn.Module) -> None:
 
 def adapter_parameters(layer: MTLLoRALinear) -> dict[str, nn.Parameter]:
     """The trainable parameters of one layer, by name."""
-    return {name: getattr(layer, name) for name in ("down", "transform", "up", "mix")}
+    return {name: getattr(layer, name) for name in ADAPTER_PARAMETERS}
