@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.utils.data import DataLoader, IterableDataset
 
-from vl_mtl_lora.backbones.open_clip import prefix_tokens, prefix_weight, scale_prefix, tied_logits
+from vl_mtl_lora.backbones.prefix import prefix_tokens, scale_prefix, tied_logits
 
 SIDE = 60  # pixels of the model's input
 PATCH = 10
@@ -161,6 +161,11 @@ def decode(model, x):
     return model.ln_final(model.transformer(x, mask))
 
 
+def mean_norm(embedding: torch.Tensor) -> torch.Tensor:
+    """Of the rows of (V, D)."""
+    return embedding.detach().norm(dim=-1).mean()
+
+
 def losses(model, namer, tokenizer, seen, batch):
     pixels, patches, descriptions, captions = batch
     embedding, position = model.token_embedding.weight, model.positional_embedding
@@ -178,7 +183,7 @@ def losses(model, namer, tokenizer, seen, batch):
     # Captioning and matching, with the image as a prefix.
     grid = prefix_tokens(out["image_intermediates_prefix"][0], out["image_intermediates"][0], model.visual.grid_size,
                          PREFIX_GRID)
-    prefix = scale_prefix(grid @ prefix_weight(model).T, embedding[:seen])
+    prefix = scale_prefix(grid @ model.visual.proj @ model.text_projection.T, mean_norm(embedding[:seen]))
     tokens = encode(tokenizer, captions)
     x = decode(model, torch.cat([prefix, model.token_embedding(tokens) + position[:tokens.shape[1]]], dim=1))
     x = x[:, prefix.shape[1]:-1]
@@ -187,7 +192,7 @@ def losses(model, namer, tokenizer, seen, batch):
     used = torch.cat([embedding[:seen], embedding[-1:]])
     target = tokens[:, 1:][keep]
     target = torch.where(target == len(embedding) - 1, seen, target)
-    logits = tied_logits(x[keep], used, model.ln_final.weight)
+    logits = tied_logits(x[keep], used, model.ln_final.weight, mean_norm(used))
     token_loss = F.cross_entropy(logits, target, reduction="none")
     # The verdict is one token of many, and the one that takes looking at both: it weighs more.
     words = {tokenizer.token_to_id(scenes.TRUE), tokenizer.token_to_id(scenes.FALSE)}

@@ -133,8 +133,10 @@ def load_resume(folder: str | Path) -> dict[str, Tensor]:
 def fingerprint(model: MultiTaskModel) -> str:
     """A short hash over the shapes and some values of the frozen weights: cheap also for large bases."""
     digest = hashlib.sha256()
-    for tensor in model.backbone.library_parameters().values():
-        flat = tensor.detach().flatten()
+    for tensor in model.backbone.library_state().values():
+        if type(tensor) is not Tensor or not tensor.is_floating_point():  # quantised: the others tell enough
+            continue
+        flat = tensor.flatten()
         step = max(1, len(flat) // 64)
         digest.update(repr((tuple(tensor.shape), flat[::step][:64].float().cpu().tolist())).encode())
     return digest.hexdigest()[:16]

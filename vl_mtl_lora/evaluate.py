@@ -41,14 +41,13 @@ def evaluate_task(model: MultiTaskModel, name: str, source: Source, *, zero_shot
     samples: list[Sample] = []
     predictions: list[Any] = []
     batches = eval_batches(source, [*model.router.task_names, *known_tasks], backbone.preprocess(False), rows=rows,
-                           faults=faults or FaultLog(), limit=limit)
+                           faults=faults or FaultLog(), collate_images=backbone.collate_images, limit=limit)
     arm = "zero-shot" if zero_shot else "adapted"
     with tqdm(desc=f"{name}, {arm}", unit="sample", dynamic_ncols=True, leave=False) as bar:
         for batch in batches:
             with model.router.off() if zero_shot else model.router.use(name):
                 states = backbone.image_states(batch.images.to(backbone.device))
-                states = type(states)(*(None if part is None else part[batch.image_rows.to(part.device)]
-                                        for part in states))
+                states = states.rows(batch.image_rows.to(backbone.device))
                 predictions += task.predict(backbone, states, batch.samples, zero_shot)
             samples += [replace(sample, image=b"") for sample in batch.samples]  # pictures would fill the memory
             bar.update(len(batch.samples))

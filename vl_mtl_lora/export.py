@@ -14,8 +14,7 @@ def merged_state(model: MultiTaskModel, task: str) -> dict[str, torch.Tensor]:
     """The backbone's state dict under its library's own names, with one task's adapters folded in."""
     index = model.router.index(task)
     merged = {layer.base.weight: layer.merged(index).weight.detach() for layer in model.summary.layers.values()}
-    return {name: merged.get(parameter, parameter.detach())
-            for name, parameter in model.backbone.library_parameters().items()}
+    return model.backbone.library_state(merged)
 
 
 def export_merged(run: str | Path, task: str, out: str | Path) -> None:

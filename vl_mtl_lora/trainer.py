@@ -249,8 +249,9 @@ def build_stream(config: RunConfig, model: MultiTaskModel, start: int = 0) -> Ba
         transform = model.backbone.preprocess(bool(task.augment), **options)
         quotas.append(Quota(build_source(name, task, "train"), task.rows, transform,
                             copy.deepcopy(model.tasks[name]).cpu().collate))
-    return BatchStream(quotas, known_tasks=config.data.ignore_tasks, seed=config.train.seed,
-                       shuffle=config.data.shuffle, max_fault_share=config.data.max_fault_share, start=start)
+    return BatchStream(quotas, collate_images=model.backbone.collate_images, known_tasks=config.data.ignore_tasks,
+                       seed=config.train.seed, shuffle=config.data.shuffle,
+                       max_fault_share=config.data.max_fault_share, start=start)
 
 
 def build_optimizer(model: MultiTaskModel, lr: float, weight_decay: float) -> torch.optim.AdamW:

@@ -1,24 +1,31 @@
 """Vision-language models behind one contract: `load_backbone` and the dict of libraries it knows."""
 
 import inspect
+from typing import Literal
 
 from vl_mtl_lora.backbones.base import Backbone
+from vl_mtl_lora.backbones.hf import load as load_transformers
 from vl_mtl_lora.backbones.open_clip import load as load_open_clip
 from vl_mtl_lora.errors import UserError
 
-LOADERS = {"open_clip": load_open_clip}
+LOADERS = {"open_clip": load_open_clip, "transformers": load_transformers, "hf": load_transformers}
 
 
-def load_backbone(library: str, name: str, pretrained: str | None = None, **options) -> Backbone:
+def load_backbone(library: str, name: str, pretrained: str | None = None, *,
+                  dry_run: Literal["shapes", "narrow"] | None = None, **options) -> Backbone:
     """Loads a frozen vision-language model; `options` are those of the library's own loader.
+
+    dry_run: looks for no weights. "shapes": the real sizes on the meta device, which holds no values. "narrow": values
+        to compute with, each layer in its place, but narrow where the real model would not fit a small machine.
 
     Raises:
         UserError: an unknown library, name, weight or option.
     """
     if library not in LOADERS:
         raise UserError(f"backbone.library: unknown library {library!r}", near=(library, LOADERS))
-    valid = list(inspect.signature(LOADERS[library]).parameters)[2:]
+    load = LOADERS[library]
+    valid = [name for name in inspect.signature(load).parameters if name not in ("name", "pretrained", "dry_run")]
     for option in options:
         if option not in valid:
             raise UserError(f"backbone.options: {library} knows no option {option!r}", near=(option, valid))
-    return LOADERS[library](name, pretrained, **options).eval()
+    return load(name, pretrained, dry_run=dry_run, **options).eval()

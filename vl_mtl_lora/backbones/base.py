@@ -1,41 +1,59 @@
 """The contract that every backbone fulfils: what the rest of the package may ask of a vision-language model."""
 
-from collections.abc import Callable, Sequence, Set
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from vl_mtl_lora.attention import KeyValueCache
 from vl_mtl_lora.backbones.generation import generate
+from vl_mtl_lora.data.pictures import to_rgb
+
+ADAPTER_PARAMETERS = ("down", "transform", "up", "mix")
 
 
-class ImageStates(NamedTuple):
-    """What the image tower saw. Rows are images.
+@dataclass(frozen=True)
+class ImageStates:
+    """What the image tower saw. Rows are samples.
 
     embedding: (B, E), L2-normalised, comparable with `Backbone.encode_text`.
-    prefix:    (B, P, D), the image as P input vectors of the text decoder; None where the backbone cannot generate.
+    prefix:    (B, P, D), what the text decoder reads of the image; None where the backbone cannot generate.
     """
 
     embedding: Tensor
     prefix: Tensor | None
 
-    def rows(self, part: slice) -> "ImageStates":
-        """The states of some rows."""
+    def rows(self, part: slice | Tensor) -> "ImageStates":
+        """The states of some rows: a slice, or (N,) row numbers."""
         return ImageStates(self.embedding[part], None if self.prefix is None else self.prefix[part])
 
 
 class TextCodec(Protocol):
-    """Between texts and token ids. context_length: the most tokens of a text, the marks at both ends included."""
+    """Between texts and token ids; usable in loader processes, where the model is not.
 
-    bos_id: int
+    eos_id: ends an answer. pad_id: fills rows on the right. context_length: the most tokens of a text, marks included.
+    """
+
     eos_id: int
+    pad_id: int
     context_length: int
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> (B, context_length) token ids with begin and end marks, padded; too long ones are cut."""
+        """Texts -> (B, context_length) token ids as `encode_text` reads them, padded; too long ones are cut."""
+
+    def rows(self, texts: Sequence[str]) -> Tensor:
+        """As `tokenize`, with no more columns than `encode_text` needs."""
+
+    def prompts(self, texts: Sequence[str], room: Sequence[int]) -> list[list[int]]:
+        """Texts -> the ids that the decoder reads before its answer, marks included; cut where `room[i]` ids more
+        would not fit."""
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Texts -> token ids without marks and padding."""
+        """Answers -> their ids as they follow a prompt, without marks and padding."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids -> text, marks left out."""
@@ -44,107 +62,185 @@ class TextCodec(Protocol):
 class Place(NamedTuple):
     """One adaptable `nn.Linear`: `getattr(parent, attribute)`, whose output is `splits` equal slices side by side."""
 
-    tower: str  # whose rows it sees: "image" or "text"
+    tower: str  # of `Backbone.towers`
     block: int  # index of the transformer block, -1 outside the blocks
-    role: str  # "attn.qkv", "attn.out", "mlp.in", "mlp.out", "projector" (the last reads image rows)
+    role: str  # attn.qkv or attn.q|k|v, attn.out, mlp.in, mlp.gate, mlp.out, projector; pool.* and cross.* alike
     parent: nn.Module
     attribute: str
     splits: int = 1
+    rows: str | None = None  # the router's name of the rows it sees, where they are not simply the tower's
 
     @property
     def name(self) -> str:
         """The logical name under which the place's adapter is stored, e.g. `image.3.attn.qkv`."""
-        return f"{self.tower}.{self.block}.{self.role}" if self.block >= 0 else self.role
+        return f"{self.tower}.{self.block}.{self.role}" if self.block >= 0 else f"{self.tower}.{self.role}"
 
 
 class Backbone(nn.Module):
     """A vision-language model behind one interface. Subclasses set the attributes and write the methods they can.
 
-    model:        the library's own module, weights under the library's own names until adapters are injected.
-    towers:       names of the adaptable towers, e.g. ("image", "text").
+    model:        the library's own module, weights under the library's own names until `express` is called, by
+                  `inject` or `generate`; `library_state` has those names always.
+    towers:       names of the adaptable towers.
+    text_towers:  those of them whose rows are texts.
     capabilities: any of "embed" (encode_image, encode_text) and "generate" (token_states, generate).
-    random_weights: whether the model was built without pretrained weights.
-    router:       the TaskRouter of the adapters, set by `inject`; None on a model without.
+    writes:       whether the base itself was trained to write, so that its zero-shot answer is what it writes.
+    prompts:      default prompt of each task kind, where the config has none.
     embed_dim:    E, the width of the joint embedding.
-    log_scale:    logarithm of the scale that the base's own contrastive loss gave to similarities.
-    text:         between texts and token ids, usable in loader processes, where the model is not.
+    contrastive:  "softmax" or "sigmoid", the loss the base's embeddings were trained with.
+    log_scale, logit_bias: that loss's similarities were exp(log_scale) * cosine + logit_bias.
+    text:         between texts and token ids.
+    cache:        keys and values during generation.
+    left_out:     name of a layer -> why it is no place, filled by `places`.
+    router:       the TaskRouter of the adapters, set by `inject`; None on a model without.
+    random_weights: whether the model was built without pretrained weights.
     """
 
     model: nn.Module
-    towers: tuple[str, ...]
+    towers: tuple[str, ...] = ("image", "text")
+    text_towers: tuple[str, ...] = ("text",)
     capabilities: frozenset[str]
+    writes = False
+    prompts: Mapping[str, str] = MappingProxyType({"vqa": "question : {question} answer :", "captioning": ""})
     embed_dim: int
+    contrastive = "softmax"
     log_scale: float
+    logit_bias = 0.0
     text: TextCodec
     router = None
     random_weights = False
 
-    def preprocess(self, train: bool, **augmentation) -> Callable:
-        """Returns a function PIL image -> (3, H, W) float tensor; `train` adds the library's augmentation.
+    def __init__(self):
+        super().__init__()
+        self.cache = KeyValueCache()
+        self.left_out: dict[str, str] = {}
 
-        augmentation: options of the library's own augmentation. Raises UserError for an unknown one.
+    # -- pictures and texts in ------------------------------------------------------------------------------------
+
+    def preprocess(self, train: bool, **augmentation) -> Callable[[Image.Image], Any]:
+        """Returns a function from a PIL image of any mode and orientation to what `collate_images` takes.
+
+        For most backbones that is a (3, H, W) float tensor. `train` adds augmentation, with options of its own.
+
+        Raises:
+            UserError: an unknown augmentation option.
         """
+        return _Preprocess(self.transform(train, **augmentation))
+
+    def transform(self, train: bool, **augmentation) -> Callable[[Image.Image], Any]:
+        """`preprocess` for upright RGB images: the model's own preprocessing."""
         raise NotImplementedError
+
+    @staticmethod  # loader processes call it, and must not take the model along
+    def collate_images(pictures: Sequence[Any]) -> Any:
+        """Preprocessed pictures, one per row -> the batch that `image_states` takes, here (B, 3, H, W)."""
+        return torch.stack(list(pictures))
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Texts -> (B, context_length) token ids with begin and end marks, padded, as `encode_text` reads them."""
         return self.text.tokenize(texts)
 
-    def image_states(self, images: Tensor) -> ImageStates:
-        """(B, 3, H, W) pixels -> everything that the tasks read of an image, in one pass of the image tower."""
+    # -- towers ---------------------------------------------------------------------------------------------------
+
+    def image_states(self, images: Any) -> ImageStates:
+        """A batch of pictures -> everything that the tasks read of it, in one pass of the image tower."""
         raise NotImplementedError
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) pixels -> (B, E), L2-normalised."""
-        return self.image_states(images).embedding
+    def encode_image(self, images: Any) -> Tensor:
+        """Pictures or their states -> (B, E), L2-normalised."""
+        return self._states(images).embedding
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """(B, L) token ids, L up to context_length -> (B, E), L2-normalised."""
+        """(B, L) token ids of `tokenize` or `TextCodec.rows` -> (B, E), L2-normalised."""
         raise NotImplementedError
 
-    def token_states(self, images: Tensor | ImageStates, tokens: Tensor) -> Tensor:
-        """Images (pixels or states) and (B, L) token ids -> (B, L, D): what the decoder knows after each token."""
+    def token_states(self, images: Any, tokens: Tensor) -> Tensor:
+        """Pictures or states, and (B, L) token ids -> (B, L, D): what the decoder knows after each token."""
+        states = self._states(images)
+        return self.step(states, tokens, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
+
+    def step(self, states: ImageStates, tokens: Tensor, positions: Tensor, readable: Tensor | None = None) -> Tensor:
+        """The decoder over (B, L) further tokens -> (B, L, D); with an open cache, after all that it has seen.
+
+        positions: (B, L), each token's place in its text. readable: (B, all tokens so far), False where padding.
+        """
         raise NotImplementedError
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., D) decoder states -> (..., V) logits of the next token."""
         raise NotImplementedError
 
-    def token_logits(self, images: Tensor | ImageStates, tokens: Tensor) -> Tensor:
-        """Images (pixels or states) and (B, L) token ids -> (B, L, V): at position i the logits of token i + 1."""
+    def token_logits(self, images: Any, tokens: Tensor) -> Tensor:
+        """Pictures or states, and (B, L) token ids -> (B, L, V): at position i the logits of token i + 1."""
         return self.logits(self.token_states(images, tokens))
 
-    def generate(self, images: Tensor | ImageStates, prompts: Sequence[str], *, max_new_tokens: int = 20,
-                 num_beams: int = 1) -> list[str]:
-        """Continues each prompt about its image, greedily or by beam search, until the end mark.
+    def generate(self, images: Any, prompts: Sequence[str], *, max_new_tokens: int = 20, num_beams: int = 1,
+                 temperature: float = 0.0, top_p: float = 1.0, seed: int | Sequence[int] = 0) -> list[str]:
+        """Continues each prompt about its image until the end mark.
 
         Args:
-            images: (B, 3, H, W) pixels, or states. prompts: B texts, "" for none.
+            images: B rows of pictures, or states. prompts: B texts, "" for none.
             max_new_tokens: the most tokens to add; the context may end sooner.
-            num_beams: 1 is greedy.
+            num_beams: more than 1 for beam search.
+            temperature: above 0 for sampling, from the smallest set of tokens that holds `top_p` of the probability.
+            seed: of row 0, the others follow; or one per row. What a row says does not depend on its neighbours.
 
         Returns:
             B texts, prompts left out.
         """
-        states = images if isinstance(images, ImageStates) else self.image_states(images)
-        return generate(self, states, prompts, max_new_tokens, num_beams)
+        return generate(self, self._states(images), prompts, max_new_tokens, num_beams, temperature, top_p, seed)
+
+    def _states(self, images: Any) -> ImageStates:
+        return images if isinstance(images, ImageStates) else self.image_states(images)
+
+    # -- adapters -------------------------------------------------------------------------------------------------
+
+    def express(self) -> None:
+        """Re-expresses fused attention with plain `nn.Linear`, and lets the decoder's attention use the cache.
+
+        The model computes the same function before and after; a second call changes nothing.
+        """
 
     def places(self, needs: Set[str]) -> list[Place]:
-        """Every adaptable linear layer, after fused attention is re-expressed with plain `nn.Linear`.
+        """Every adaptable linear layer of a model without adapters, fused attention re-expressed.
 
         needs: the capabilities that will be used; layers that only others read are left out.
-        The model computes the same function before and after.
         """
-        raise NotImplementedError
-
-    def library_parameters(self) -> dict[str, nn.Parameter]:
-        """Every frozen parameter under the name that the library's own checkpoint gives it."""
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, each of which gradient checkpointing may run again in the backward pass."""
         raise NotImplementedError
 
+    def library_state(self, replaced: Mapping[nn.Parameter, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
+        """Every frozen tensor under the name that the library's own checkpoint gives it.
+
+        replaced: tensors to take instead of parameters. Re-expressed layers are put together again.
+        """
+        alias = {f"{prefix}.{own}": f"{prefix}.{theirs}" for prefix, module in self.model.named_modules()
+                 for own, theirs in getattr(module, "library_names", {}).items()}
+        parts: dict[str, list[Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            if name.rpartition(".")[2] not in ADAPTER_PARAMETERS:
+                name = name.replace(".base.", ".")
+                parts.setdefault(alias.get(name, name), []).append(replaced.get(parameter, parameter.detach()))
+        return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in parts.items()}
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights, and of what the towers are given."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+
+class _Preprocess:
+    """A picture made upright and RGB, then transformed; a class, since loader processes need it pickled."""
+
+    def __init__(self, transform: Callable[[Image.Image], Any]):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> Any:
+        return self.transform(to_rgb(image))

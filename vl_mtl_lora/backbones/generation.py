@@ -1,7 +1,7 @@
-"""Text from a decoder: greedy and beam search over `token_states`, and the likelihood of given continuations.
+"""Text from a decoder with a key-value cache: greedy, sampled, by beams; and the likelihood of given answers.
 
-Rows of different prompt lengths are padded on the right and each is read at its own last token. The image states are
-computed once; the text is read anew at each step.
+Rows of different prompt lengths are padded on the left, so that every row's last token stands in the last column and
+each step adds one column to all. The image is read once, with the prompt; then rows are repeated to beams (a a b b).
 """
 
 from collections.abc import Sequence
@@ -13,53 +13,106 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def generate(backbone, states, prompts: Sequence[str], max_new_tokens: int, num_beams: int) -> list[str]:
+def generate(backbone, states, prompts: Sequence[str], max_new_tokens: int, num_beams: int, temperature: float,
+             top_p: float, seed: int | Sequence[int]) -> list[str]:
     """See `Backbone.generate`. Beams are ranked by their mean log-probability per token, end mark included."""
     if not prompts:
         return []
-    text = backbone.text
-    starts = [[text.bos_id, *ids][:text.context_length - 1] for ids in text.ids(prompts)]
-    beams, rows = num_beams, len(starts)
-    with _repeated(backbone, beams):
-        states = _repeat(states, beams)
-        lengths = torch.tensor([len(s) for s in starts]).repeat_interleave(beams)
-        # Each row ends by its own length: what a row says does not depend on its neighbours.
-        limits = (lengths + max_new_tokens).clamp(max=text.context_length)
-        tokens = pad_ids(starts, int(limits.max())).repeat_interleave(beams, 0)
-        tokens, lengths, limits = (part.to(backbone.device) for part in (tokens, lengths, limits))
+    text, beams, device = backbone.text, num_beams, backbone.device
+    sampler = build_sampler(len(prompts), num_beams, temperature, top_p, seed)
+    starts = text.prompts(prompts, [1] * len(prompts))
+    rows, width = len(starts), max(map(len, starts))
+    tokens = torch.stack([F.pad(torch.tensor(s), (width - len(s), 0), value=text.pad_id) for s in starts]).to(device)
+    sizes = torch.tensor([len(s) for s in starts], device=device)
+    readable = torch.arange(width, device=device) >= width - sizes.unsqueeze(1)
+    limits = (text.context_length - sizes).clamp(max=max_new_tokens)  # of new tokens, each row's own
+    backbone.express()
+    with backbone.cache.open() as cache:
+        positions = (readable.cumsum(1) - 1).clamp(min=0)
+        x = backbone.step(states, tokens, positions, readable)[:, -1]
+        repeated = torch.arange(rows, device=device).repeat_interleave(beams)
+        cache.select(repeated)
+        x, sizes, limits, readable = (part[repeated] for part in (x, sizes, limits, readable))
+        said = torch.empty(rows * beams, 0, dtype=torch.long, device=device)
         # Only the first beam of a row is alive at the start, or all would be the same.
-        scores = torch.full((rows, beams), float("-inf"), device=tokens.device)
+        scores = torch.full((rows, beams), float("-inf"), device=device)
         scores[:, 0] = 0.0
-        done = torch.zeros(rows, beams, dtype=torch.bool, device=tokens.device)
-        start = lengths.clone()
-        line = torch.arange(rows * beams, device=tokens.device)
-        for _ in range(max_new_tokens):
-            width = int(lengths.max())
-            x = backbone.token_states(states, tokens[:, :width])
-            logp = F.log_softmax(backbone.logits(x[line, lengths - 1]).float(), dim=-1).view(rows, beams, -1)
-            vocabulary = logp.shape[-1]
-            # A finished beam stays as it is: its one continuation, the end mark, costs nothing.
-            ended = torch.full_like(logp, float("-inf"))
-            ended[..., text.eos_id] = 0.0
-            total = scores.unsqueeze(-1) + torch.where(done.unsqueeze(-1), ended, logp)
-            # Beams of different length compete by their mean log-probability.
-            size = (lengths - start).view(rows, beams) + (~done).long()
-            mean = (total / size.clamp(min=1).unsqueeze(-1)).flatten(1)
-            best = mean.topk(beams, dim=1).indices
-            parent, token = best // vocabulary, best % vocabulary
-            scores = total.flatten(1).gather(1, best)
-            source = (parent + torch.arange(rows, device=tokens.device).unsqueeze(1) * beams).flatten()
-            was_done = done.flatten()[source]
-            tokens, lengths = tokens[source], lengths[source]
-            grow = ~was_done
-            tokens[line[grow], lengths[grow]] = token.flatten()[grow]
-            lengths = lengths + grow.long()
-            done = (was_done | (token.flatten() == text.eos_id) | (lengths == limits)).view(rows, beams)
-            if bool(done.all()):
-                break
-    size = (lengths - start).view(rows, beams).clamp(min=1)
-    winner = (scores / size).argmax(dim=1) + torch.arange(rows, device=tokens.device) * beams
-    return [text.decode(tokens[i, start[i]:lengths[i]].tolist()) for i in winner.tolist()]
+        lengths = torch.zeros(rows * beams, dtype=torch.long, device=device)
+        done = torch.zeros(rows * beams, dtype=torch.bool, device=device)
+        with _repeated(backbone, beams):
+            for _ in range(int(limits.max())):
+                logits = backbone.logits(x).float()
+                if sampler is not None:
+                    logits = sampler(logits)
+                source, token, scores = _extend(logits, scores, lengths, done, beams, text.eos_id)
+                if beams > 1:
+                    cache.select(source)
+                    said, lengths, done, readable = said[source], lengths[source], done[source], readable[source]
+                lengths = lengths + (~done).long()
+                said = torch.cat([said, token.unsqueeze(1)], dim=1)
+                done = done | (token == text.eos_id) | (lengths >= limits)
+                if bool(done.all()):
+                    break
+                readable = torch.cat([readable, readable.new_ones(len(readable), 1)], dim=1)
+                at = (sizes + lengths - 1).clamp(max=text.context_length - 1)
+                x = backbone.step(states, token.unsqueeze(1), at.unsqueeze(1), readable)[:, -1]
+    winner = (scores / lengths.view(rows, beams).clamp(min=1)).argmax(dim=1) + torch.arange(rows, device=device) * beams
+    return [text.decode(said[i, :lengths[i]].tolist()) for i in winner.tolist()]
+
+
+def _extend(logits: Tensor, scores: Tensor, lengths: Tensor, done: Tensor, beams: int,
+            eos_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows * beams, V) logits and the beams so far -> (row each comes from, its next token, (rows, beams) scores)."""
+    rows = len(scores)
+    logp = F.log_softmax(logits, dim=-1)
+    # A finished beam stays as it is: its one continuation, the end mark, costs nothing.
+    ended = torch.full_like(logp, float("-inf"))
+    ended[:, eos_id] = 0.0
+    total = scores.view(-1, 1) + torch.where(done.unsqueeze(1), ended, logp)
+    size = lengths + (~done).long()
+    mean = (total / size.clamp(min=1).unsqueeze(1)).view(rows, -1)
+    best = mean.topk(beams, dim=1).indices
+    vocabulary = logits.shape[1]
+    source = best // vocabulary + torch.arange(rows, device=best.device).unsqueeze(1) * beams
+    return source.flatten(), (best % vocabulary).flatten(), total.view(rows, -1).gather(1, best)
+
+
+class RowSampler:
+    """Draws each row's next token from a stream of its own, by nucleus sampling (arXiv 1904.09751)."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float, top_p: float):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.temperature, self.top_p = temperature, top_p
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(B, V) logits -> (B, V), 0 at the token drawn and -inf elsewhere."""
+        p, order = F.softmax(logits.float() / self.temperature, dim=-1).sort(dim=-1, descending=True)
+        mass = p.cumsum(dim=-1)
+        inside = mass - p < self.top_p  # up to the token that crosses the bound
+        drawn = torch.stack([torch.rand((), generator=g) for g in self.generators]).to(logits.device)
+        share = (p * inside).cumsum(dim=-1)
+        at = (share < (drawn * share[:, -1]).unsqueeze(1)).sum(dim=1, keepdim=True).clamp(max=p.shape[1] - 1)
+        return torch.full_like(logits, float("-inf")).scatter(1, order.gather(1, at), 0.0)
+
+
+def build_sampler(rows: int, num_beams: int, temperature: float, top_p: float,
+                  seed: int | Sequence[int]) -> RowSampler | None:
+    """The sampler of a generation, None where it is greedy or by beams.
+
+    Raises:
+        ValueError: values out of their range, sampling together with beams, or another number of seeds than rows.
+    """
+    if num_beams < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"expected num_beams >= 1, temperature >= 0 and top_p in (0, 1], got {num_beams}, "
+                         f"{temperature} and {top_p}")
+    if temperature == 0:
+        return None
+    if num_beams > 1:
+        raise ValueError("sampling (temperature above 0) and beam search (num_beams above 1) exclude each other")
+    seeds = range(seed, seed + rows) if isinstance(seed, int) else list(seed)
+    if len(seeds) != rows:
+        raise ValueError(f"expected one seed per row ({rows}), got {len(seeds)}")
+    return RowSampler(seeds, temperature, top_p)
 
 
 @torch.no_grad()
@@ -72,37 +125,30 @@ def score_continuations(backbone, states, prompts: Sequence[str], candidates: Se
     ends = text.ids(candidates)
     if not all(ends):
         raise ValueError(f"candidate {candidates[ends.index([])]!r} has no token")
-    room = text.context_length - max(map(len, ends))
-    starts = [[text.bos_id, *ids][:room] for ids in text.ids(prompts)]
+    starts = text.prompts(prompts, [max(map(len, ends))] * len(prompts))
     lengths = torch.tensor([len(s) for s in starts], device=backbone.device)
-    x = backbone.token_states(states, pad_ids(starts).to(backbone.device))
-    last = x[torch.arange(len(starts), device=x.device), lengths - 1]
-    first = F.log_softmax(backbone.logits(last).float(), dim=-1)
+    x = backbone.token_states(states, pad_ids(starts, text.pad_id).to(backbone.device))
+    rows = torch.arange(len(starts), device=x.device)
+    first = F.log_softmax(backbone.logits(x[rows, lengths - 1]).float(), dim=-1)
     scores = first[:, torch.tensor([end[0] for end in ends], device=x.device)]
     for column, end in enumerate(ends):
         if len(end) == 1:
             continue
         full = [[*start, *end[:-1]] for start in starts]
-        x = backbone.token_states(states, pad_ids(full).to(backbone.device))
+        x = backbone.token_states(states, pad_ids(full, text.pad_id).to(backbone.device))
         for offset, token in enumerate(end[1:]):
-            at = x[torch.arange(len(full), device=x.device), lengths + offset]
-            scores[:, column] += F.log_softmax(backbone.logits(at).float(), dim=-1)[:, token]
+            logits = backbone.logits(x[rows, lengths + offset]).float()
+            scores[:, column] += F.log_softmax(logits, dim=-1)[:, token]
         scores[:, column] /= len(end)
     return scores
 
 
-def pad_ids(rows: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
-    """Token id lists -> (B, width), padded with 0 on the right; without a width, as wide as the longest."""
-    width = width or max(map(len, rows))
-    out = torch.zeros(len(rows), width, dtype=torch.long)
-    for line, ids in zip(out, rows):
-        line[:len(ids)] = torch.tensor(ids)
-    return out
-
-
-def _repeat(states, times: int):
-    return type(states)(*(part.repeat_interleave(times, 0) for part in states))
+def pad_ids(rows: Sequence[Sequence[int]], pad_id: int = 0) -> Tensor:
+    """Token id lists -> (B, longest), padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True, padding_value=pad_id)
 
 
 def _repeated(backbone, times: int):
-    return backbone.router.repeat("text", times) if backbone.router is not None else nullcontext()
+    if backbone.router is None or times == 1:
+        return nullcontext()
+    return backbone.router.repeat(**dict.fromkeys(backbone.text_towers, times))

@@ -9,15 +9,17 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from vl_mtl_lora.data.pictures import decode_image
 from vl_mtl_lora.data.reader import Fault, FaultLog, Source, read_samples
-from vl_mtl_lora.data.shards import BadSample, Sample, decode_image
-from vl_mtl_lora.errors import UserError
+from vl_mtl_lora.data.shards import Sample
+from vl_mtl_lora.errors import BadSample, UserError
 
 
 class TaskStream:
@@ -60,10 +62,11 @@ class TaskStream:
 class Batch:
     """Rows sorted by task, in the router's order; a task is the slice `slices[name]`.
 
-    images: (B, 3, H, W). ids: (B,) task ids, on the CPU. inputs: each task's own collated tensors.
+    images: what the backbone collated, for most (B, 3, H, W). ids: (B,) task ids, on the CPU. inputs: each task's own
+    collated tensors.
     """
 
-    images: Tensor
+    images: Any
     ids: Tensor
     slices: dict[str, slice]
     inputs: dict[str, dict[str, Tensor]]
@@ -82,24 +85,26 @@ class Batch:
 class Quota:
     """One task's part of a batch: how many rows, from where, and how its samples become tensors.
 
-    transform: PIL image -> (3, H, W). collate: (samples, rng) -> tensors of the task.
+    transform: PIL image -> one picture for the backbone. collate: (samples, rng) -> tensors of the task.
     """
 
     source: Source
     rows: int
-    transform: Callable[[Image.Image], Tensor]
+    transform: Callable[[Image.Image], Any]
     collate: Callable[[list[Sample], random.Random], dict[str, Tensor]]
 
 
 class BatchStream(IterableDataset):
     """Endless mixed batches, starting with batch number `start`. The quotas' order gives the task ids.
 
-    known_tasks: tags besides the quotas' own that may occur in the shards and are passed over.
+    collate_images: pictures of all rows -> the batch of them. known_tasks: tags besides the quotas' own that may occur
+    in the shards and are passed over.
     """
 
-    def __init__(self, quotas: Sequence[Quota], *, known_tasks: Sequence[str] = (), seed: int = 0,
-                 shuffle: int = 2000, max_fault_share: float = 0.01, start: int = 0):
-        self.quotas, self.seed, self.shuffle = list(quotas), seed, shuffle
+    def __init__(self, quotas: Sequence[Quota], *, collate_images: Callable[[list], Any] = torch.stack,
+                 known_tasks: Sequence[str] = (), seed: int = 0, shuffle: int = 2000, max_fault_share: float = 0.01,
+                 start: int = 0):
+        self.quotas, self.seed, self.shuffle, self.collate_images = list(quotas), seed, shuffle, collate_images
         self.known_tasks = [*(q.source.task for q in self.quotas), *known_tasks]
         self.max_fault_share, self.start = max_fault_share, start
 
@@ -143,7 +148,7 @@ class BatchStream(IterableDataset):
             ids += [task_id] * len(rows)
             keys += [sample.key for sample in rows]
             inputs[quota.source.task] = quota.collate(rows, rng)
-        return Batch(torch.stack(images), torch.tensor(ids), slices, inputs, keys, index)
+        return Batch(self.collate_images(images), torch.tensor(ids), slices, inputs, keys, index)
 
 
 @contextmanager
@@ -157,9 +162,9 @@ def _pinned(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def _decode_rows(quota: Quota, samples: list[Sample], faults: FaultLog) -> tuple[list[Tensor], list[Sample]]:
+def _decode_rows(quota: Quota, samples: list[Sample], faults: FaultLog) -> tuple[list, list[Sample]]:
     """Decoded rows. A picture that cannot be decoded is replaced by another of the slice: quotas stay as they are."""
-    good: list[tuple[Tensor, Sample]] = []
+    good: list[tuple[Any, Sample]] = []
     for sample in samples:
         if (pixels := _pixels(sample, quota.transform, faults)) is not None:
             good.append((pixels, sample))
@@ -170,7 +175,7 @@ def _decode_rows(quota: Quota, samples: list[Sample], faults: FaultLog) -> tuple
     return [pixels for pixels, _ in good], [sample for _, sample in good]
 
 
-def _pixels(sample: Sample, transform: Callable[[Image.Image], Tensor], faults: FaultLog) -> Tensor | None:
+def _pixels(sample: Sample, transform: Callable[[Image.Image], Any], faults: FaultLog) -> Any:
     """The decoded, transformed image, or None and a counted fault."""
     try:
         pixels = transform(decode_image(sample.image))
@@ -206,12 +211,13 @@ class EvalBatch:
     """Samples of one task and their pictures, each once: row i of the samples shows `images[image_rows[i]]`."""
 
     samples: list[Sample]
-    images: Tensor  # (pictures, 3, H, W)
+    images: Any  # as in Batch
     image_rows: Tensor  # (samples,)
 
 
-def eval_batches(source: Source, known_tasks: Sequence[str], transform: Callable[[Image.Image], Tensor], *,
-                 rows: int, faults: FaultLog, limit: int | None = None) -> Iterator[EvalBatch]:
+def eval_batches(source: Source, known_tasks: Sequence[str], transform: Callable[[Image.Image], Any], *, rows: int,
+                 faults: FaultLog, collate_images: Callable[[list], Any] = torch.stack,
+                 limit: int | None = None) -> Iterator[EvalBatch]:
     """One pass over a task's samples, in order, each good one exactly once; at most `limit` of them.
 
     Raises:
@@ -219,12 +225,12 @@ def eval_batches(source: Source, known_tasks: Sequence[str], transform: Callable
     """
     pictures: dict[str, int] = {}
     samples: list[Sample] = []
-    images: list[Tensor] = []
+    images: list = []
     image_rows: list[int] = []
     count = 0
 
     def flush() -> EvalBatch:
-        batch = EvalBatch(list(samples), torch.stack(images), torch.tensor(image_rows))
+        batch = EvalBatch(list(samples), collate_images(images), torch.tensor(image_rows))
         for part in (pictures, samples, images, image_rows):
             part.clear()
         return batch

@@ -1,0 +1,253 @@
+"""The chat models of transformers: LLaVA, LLaVA-NeXT, Qwen-VL, SmolVLM, InternVL and what else
+AutoModelForImageTextToText loads; pictures and texts go into one language model.
+
+Texts go through the model's own chat template; a picture stands in them as one placeholder until the model runs, when
+the placeholder becomes the ids that the processor made for that picture. The image tower runs once per picture; its
+output is handed to the library's forward and generate. An embedding is the state of the last token of an instruction,
+as in E5-V (arXiv 2407.12580).
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vl_mtl_lora.backbones.base import Backbone, Place
+from vl_mtl_lora.backbones.generation import build_sampler, pad_ids
+from vl_mtl_lora.backbones.hf_chat_text import ChatText
+from vl_mtl_lora.backbones.hf_images import Pictures, PictureTransform
+from vl_mtl_lora.backbones.roles import outermost_stack, tower_places
+from vl_mtl_lora.errors import UserError
+
+_IMAGE_INSTRUCTION = "Summarize the image in one word."
+_LOG_SCALE = 3.0  # exp(3) = 20: states of one model lie close together, and a temperature is learned
+
+
+@dataclass(frozen=True)
+class ChatStates:
+    """What the image tower made of a batch. Rows are samples, each with `counts` of the pictures.
+
+    features: per picture, as the library returns it, in an output of type `kind`. deep: the same of each layer that
+    reaches into the text model. tokens: per picture, the ids that stand for it. positions: per-picture tensors that the
+    positions of tokens depend on.
+    """
+
+    features: Sequence[Tensor]
+    deep: Sequence[Sequence[Tensor]]
+    tokens: Sequence[Sequence[int]]
+    counts: Sequence[int]
+    positions: Mapping[str, Tensor]
+    kind: type
+
+    def rows(self, part: slice | Tensor) -> "ChatStates":
+        """The states of some rows: a slice, or (N,) row numbers."""
+        numbers = range(len(self.counts))[part] if isinstance(part, slice) else part.tolist()
+        starts = [0, *torch.tensor(self.counts).cumsum(0).tolist()]
+        pictures = [i for row in numbers for i in range(starts[row], starts[row + 1])]
+        return ChatStates([self.features[i] for i in pictures], [[layer[i] for i in pictures] for layer in self.deep],
+                          [self.tokens[i] for i in pictures], [self.counts[row] for row in numbers],
+                          {name: tensor[pictures] for name, tensor in self.positions.items()}, self.kind)
+
+
+class HFChat(Backbone):
+    """A vision-language chat model of transformers.
+
+    Pictures are `Pictures`, made by `preprocess` and `collate_images`; (B, 3, H, W) tensors are no input here.
+    """
+
+    capabilities = frozenset({"embed", "generate"})
+    writes = True
+    prompts = MappingProxyType({"vqa": "{question}\nAnswer the question using a single word or phrase.",
+                                "captioning": "Describe the image in one short sentence."})
+    log_scale = _LOG_SCALE
+
+    def __init__(self, model: nn.Module, processor, max_length: int):
+        super().__init__()
+        base = model.base_model
+        text_config = model.config.get_text_config()
+        for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
+            if getattr(text_config, name, None) not in (None, neutral):
+                raise UserError(f"backbone: {type(model).__name__} changes its logits ({name}); that is not supported")
+        if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
+            raise UserError(f"backbone: {type(model).__name__} does not take encoded pictures (mm_encoder_outputs); "
+                            "it is not supported")
+        if not isinstance(getattr(processor, "image_token", None), str):
+            raise UserError(f"backbone: {type(processor).__name__} names no token that stands for a picture")
+        self.model, self.processor = model, processor
+        self.text = ChatText(processor, min(max_length, text_config.max_position_embeddings), model.config)
+        self.embed_dim = text_config.hidden_size
+        self._takes = inspect.signature(base.forward).parameters.keys()
+        rope = getattr(base, "get_rope_index", None)
+        self._position_inputs = () if rope is None else tuple(inspect.signature(rope).parameters)
+
+    # -- pictures and texts in ------------------------------------------------------------------------------------
+
+    def transform(self, train, **augmentation):
+        return PictureTransform(self.processor.image_processor, train, augmentation, self.processor)
+
+    @staticmethod
+    def collate_images(pictures):
+        """One `Pictures` per row, or a list of them where a row shows several."""
+        return Pictures.join([p if isinstance(p, Pictures) else Pictures.join(p, one_row=True) for p in pictures])
+
+    # -- towers ---------------------------------------------------------------------------------------------------
+
+    def image_states(self, images: Pictures):
+        inputs = {**images.inputs, "pixel_values": images.inputs["pixel_values"].to(self.dtype)}
+        features = inspect.signature(self.model.base_model.get_image_features).parameters
+        with self._picture_rows(images):
+            out = self.model.base_model.get_image_features(
+                **{name: tensor for name, tensor in inputs.items() if name in features}, return_dict=True)
+        pooled = out.pooler_output
+        if isinstance(pooled, Tensor):  # crops of all pictures in one tensor
+            pooled = pooled.split(list(images.rows))
+        deep = getattr(out, "deepstack_features", None) or []
+        positions = {name: inputs[name] for name in self._position_inputs if name in inputs}
+        return ChatStates(list(pooled), [list(layer) for layer in deep], images.tokens, images.counts, positions,
+                          type(out))
+
+    def _picture_rows(self, images: Pictures):
+        """The route of the image tower's rows: pictures, their crops, or patches in a tower without a batch axis.
+
+        What comes after the tower sees patches merged, so that there a token of the text is a row.
+        """
+        if self.router is None:
+            return nullcontext()
+        flat = images.inputs["pixel_values"].dim() == 2
+        merged = [ids.count(self.text.image_id) for ids in images.tokens] if flat else images.rows
+        return self.router.repeat(**{"image": _per_row(images.rows, images.counts),
+                                     "image.merged": _per_row(merged, images.counts)})
+
+    def _encoded(self, states: ChatStates) -> dict:
+        """What the library's forward and generate take instead of pixels; made anew, since they change it."""
+        if not states.features:
+            return {}
+        pooled = list(states.features)
+        output = states.kind(pooler_output=torch.cat(pooled) if pooled[0].dim() == 3 else pooled)
+        if states.deep:
+            output["deepstack_features"] = [list(layer) for layer in states.deep]
+        return {"mm_encoder_outputs": {"image": output}, **states.positions}
+
+    def _run(self, ids: Tensor, states: ChatStates | None) -> Tensor:
+        """(B, W) ids with pictures expanded -> (B, W, D) states of the language model."""
+        extra = {} if states is None else self._encoded(states)
+        if "mm_token_type_ids" in self._takes and states is not None:
+            extra["mm_token_type_ids"] = (ids == self.text.image_id).long()
+        # Causal, and padded on the right: no mask is needed for what is read.
+        return self.model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state
+
+    def encode_image(self, images):
+        states = images if isinstance(images, ChatStates) else self.image_states(images)
+        prompts = self.text.prompts([_IMAGE_INSTRUCTION] * len(states.counts), [0] * len(states.counts), states.counts)
+        x = self.token_states(states, pad_ids(prompts, self.text.pad_id).to(self.device))
+        last = torch.tensor([len(ids) - 1 for ids in prompts], device=x.device)
+        return F.normalize(x[torch.arange(len(x), device=x.device), last], dim=-1)
+
+    def encode_text(self, tokens):
+        x = self._run(tokens, None)
+        column = torch.arange(tokens.shape[1], device=tokens.device)
+        last = (column * (tokens != self.text.pad_id)).argmax(dim=1)
+        return F.normalize(x[torch.arange(len(x), device=x.device), last], dim=-1)
+
+    def token_states(self, images, tokens):
+        states = images if isinstance(images, ChatStates) else self.image_states(images)
+        rows, ends = self._expand(tokens.tolist(), states)
+        x = self._run(pad_ids(rows, self.text.pad_id).to(tokens.device), states)
+        return x[torch.arange(len(x), device=x.device).unsqueeze(1), torch.tensor(ends, device=x.device)]
+
+    def _expand(self, rows: Sequence[Sequence[int]], states: ChatStates) -> tuple[list[list[int]], list[list[int]]]:
+        """Every placeholder -> its picture's ids. Returns the rows, and where each token's last id stands in them."""
+        pictures = iter(states.tokens)
+        expanded, ends = [], []
+        for row, count in zip(rows, states.counts):
+            if (got := row.count(self.text.image_id)) != count:
+                raise ValueError(f"a text has {got} placeholders for its {count} pictures")
+            out, last = [], []
+            for token in row:
+                out += next(pictures) if token == self.text.image_id else [token]
+                last.append(len(out) - 1)
+            expanded.append(out)
+            ends.append(last)
+        return expanded, ends
+
+    def logits(self, states):
+        return self.model.get_output_embeddings()(states)
+
+    @torch.no_grad()
+    def generate(self, images, prompts, *, max_new_tokens=20, num_beams=1, temperature=0.0, top_p=1.0, seed=0):
+        """See `Backbone.generate`; by the library's own generate, rows padded on the left."""
+        if not prompts:
+            return []
+        states = images if isinstance(images, ChatStates) else self.image_states(images)
+        sampler = build_sampler(len(prompts), num_beams, temperature, top_p, seed)
+        rows, _ = self._expand(self.text.prompts(prompts, [max_new_tokens] * len(prompts), states.counts), states)
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.text.pad_id] * (width - len(row)) + row for row in rows], device=self.device)
+        readable = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        extra = self._encoded(states)
+        if "mm_token_type_ids" in self._takes:
+            extra["mm_token_type_ids"] = (ids == self.text.image_id).long() * readable
+        repeated = nullcontext() if self.router is None else self.router.repeat(text=num_beams)
+        with repeated:
+            out = self.model.generate(
+                input_ids=ids, attention_mask=readable, max_new_tokens=max_new_tokens, num_beams=num_beams,
+                do_sample=False, eos_token_id=self.text.eos_id, pad_token_id=self.text.pad_id,
+                suppress_tokens=[self.text.image_id],  # an answer shows no picture
+                logits_processor=[] if sampler is None else [lambda _, scores: sampler(scores)], **extra)
+        return [self.text.decode(row) for row in out[:, width:].tolist()]
+
+    # -- adapters -------------------------------------------------------------------------------------------------
+
+    def places(self, needs):
+        base, vision, language = self._parts()
+        blocks = outermost_stack(vision)
+        used = self._vision_blocks_used(len(blocks))
+        for index in range(used, len(blocks)):
+            self.left_out[f"image.{index}"] = "the language model reads the states before this block"
+        found = tower_places("image", blocks[:used], self.left_out)
+        found += self._projectors(base, vision, language)
+        return found + tower_places("text", outermost_stack(language), self.left_out)
+
+    def _parts(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        base = self.model.base_model
+        return base, self.model.get_encoder(modality="image"), self.model.get_decoder()
+
+    def _vision_blocks_used(self, count: int) -> int:
+        """How many blocks of the image tower lie below the states that are taken from it."""
+        layers = getattr(self.model.config, "vision_feature_layer", None)
+        if layers is None:
+            return count
+        layers = [layers] if isinstance(layers, int) else layers
+        return max(layer if layer >= 0 else count + 1 + layer for layer in layers)
+
+    def _projectors(self, base, vision, language):
+        """The linear layers between the image tower's blocks and the language model, numbered in the model's order."""
+        inside = {id(m) for m in language.modules()} | {id(m) for b in outermost_stack(vision) for m in b.modules()}
+        layers = [(name, layer) for name, layer in base.named_modules()
+                  if isinstance(layer, nn.Linear) and id(layer) not in inside
+                  and (not _within(layer, vision) or "merger" in name)]
+        found = []
+        for number, (name, _) in enumerate(layers, 1):
+            parent, _, attribute = name.rpartition(".")
+            role = "projector" if len(layers) == 1 else f"projector.{number}"
+            found.append(Place("image", -1, role, base.get_submodule(parent), attribute, rows="image.merged"))
+        return found
+
+    def blocks(self):
+        _, vision, language = self._parts()
+        return [*outermost_stack(vision), *outermost_stack(language)]
+
+
+def _within(layer: nn.Module, module: nn.Module) -> bool:
+    return any(layer is other for other in module.modules())
+
+
+def _per_row(sizes: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """Sizes of pictures -> their sums over each row's pictures."""
+    sizes = iter(sizes)
+    return [sum(next(sizes) for _ in range(count)) for count in counts]

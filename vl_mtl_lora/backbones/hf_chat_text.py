@@ -1,0 +1,88 @@
+"""The `TextCodec` of a chat model: every prompt goes through the model's own chat template."""
+
+from collections.abc import Sequence
+
+from vl_mtl_lora.backbones.generation import pad_ids
+
+_TEXT_INSTRUCTION = "Summarize the sentence in one word."
+
+
+class ChatText:
+    """See `TextCodec`. image_id: the token that stands for one picture until the model runs.
+
+    Answers are tokenised as they follow the template's generation prompt, and end with the template's end mark.
+    """
+
+    def __init__(self, processor, context_length: int, config):
+        self.processor, self.tokenizer, self.context_length = processor, processor.tokenizer, context_length
+        self.image_token = processor.image_token
+        self.image_id = getattr(config, "image_token_id", None)
+        if self.image_id is None:
+            self.image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        # What the template writes between a user's text and an answer X, and after X.
+        question, answer = "QUESTION", "ANSWER"
+        opened = self._render(question, 1)
+        closed = self._render(question, 1, answer)
+        before, after = "", ""
+        if closed.startswith(opened) and answer in closed[len(opened):]:
+            before, _, after = closed[len(opened):].partition(answer)
+        self._tail = opened[opened.index(question) + len(question):]
+        self._before = before
+        end = self.tokenizer(after.strip(), add_special_tokens=False).input_ids if after.strip() else []
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        self.eos_id = end[0] if end and end[0] in special else self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id
+        self.pad_id = self.tokenizer.eos_token_id if pad is None or pad == self.image_id else pad
+
+    def _render(self, text: str, pictures: int, answer: str | None = None) -> str:
+        """One user turn, pictures first, up to where the answer begins, or with the answer."""
+        text = text.replace(self.image_token, " ")  # a text must not smuggle in a picture
+        if getattr(self.processor, "chat_template", None) is None:
+            return self.image_token * pictures + f"\n{text}\n" + (answer or "")
+        content = [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
+        turns = [{"role": "user", "content": content}]
+        if answer is not None:
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
+
+    def _ids(self, rendered: Sequence[str]) -> list[list[int]]:
+        # A template that writes the begin mark itself must not get a second one.
+        bos = self.tokenizer.bos_token
+        marks = not (bos and rendered[0].startswith(bos))
+        return self.tokenizer(list(rendered), add_special_tokens=marks).input_ids
+
+    def prompts(self, texts, room, pictures: Sequence[int] | None = None):
+        """pictures: how many each text is about; one where None."""
+        if not texts:
+            return []
+        pictures = [1] * len(texts) if pictures is None else pictures
+        rows = self._ids([self._render(text, count) for text, count in zip(texts, pictures)])
+        for i, more in enumerate(room):
+            if (excess := len(rows[i]) + more - self.context_length) > 0:  # the text is cut, never the template
+                words = self.tokenizer(texts[i], add_special_tokens=False).input_ids
+                text = self.tokenizer.decode(words[:max(0, len(words) - excess)])
+                rows[i] = self._ids([self._render(text, pictures[i])])[0]
+        return rows
+
+    def rows(self, texts):
+        """A text's embedding is read after the instruction to sum it up."""
+        texts = [f"{text}\n{_TEXT_INSTRUCTION}" for text in texts]
+        return pad_ids(self.prompts(texts, [0] * len(texts), [0] * len(texts)), self.pad_id)
+
+    def tokenize(self, texts):
+        return self.rows(texts)
+
+    def ids(self, texts):
+        if not texts:
+            return []
+        tail = self.tokenizer(self._tail, add_special_tokens=False).input_ids
+        whole = self.tokenizer([self._tail + self._before + text for text in texts], add_special_tokens=False).input_ids
+        if all(row[:len(tail)] == tail for row in whole):
+            return [row[len(tail):] for row in whole]
+        return self.tokenizer([self._before + text for text in texts], add_special_tokens=False).input_ids
+
+    def decode(self, ids):
+        ids = list(ids)
+        if self.eos_id in ids:
+            ids = ids[:ids.index(self.eos_id)]
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
