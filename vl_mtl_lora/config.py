@@ -59,6 +59,7 @@ class RetrievalSection(_TaskSection):
     kind: Literal["retrieval"] = "retrieval"
     rows: int = Field(32, ge=2)
     augment: bool | dict[str, Any] = True
+    loss: Literal["softmax", "sigmoid"] | None = None  # CLIP's or SigLIP's; default: the base's
     scale: float | None = Field(None, gt=0, le=100)  # of similarities at start, then learned; default: the base's
 
 
@@ -66,7 +67,7 @@ class VQASection(_TaskSection):
     kind: Literal["vqa"] = "vqa"
     answers: list[str] = []  # the closed answer list, if there is one
     answer_by: Literal["ranking", "generation", "classification"] | None = None  # default: ranking if `answers`
-    prompt: str = "question : {question} answer :"
+    prompt: str | None = None  # default: the backbone's
     zero_shot_prompt: str = "{question} {answer}"
     max_new_tokens: int = Field(10, ge=1)
     metric: Literal["official", "lenient"] = "official"
@@ -75,7 +76,8 @@ class VQASection(_TaskSection):
     def _needs_answers(self):
         if self.answer_by in ("ranking", "classification") and not self.answers:
             raise ValueError(f"answer_by: {self.answer_by} needs the list `answers`")
-        _check_template("prompt", self.prompt, "question")
+        if self.prompt is not None:
+            _check_template("prompt", self.prompt, "question")
         _check_template("zero_shot_prompt", self.zero_shot_prompt, "question", "answer")
         if len(set(self.answers)) < len(self.answers) or not all(answer.strip() for answer in self.answers):
             raise ValueError("answers must be distinct and not empty")
@@ -90,7 +92,7 @@ def _check_template(name: str, template: str, *fields: str) -> None:
 
 class CaptioningSection(_TaskSection):
     kind: Literal["captioning"] = "captioning"
-    prompt: str = ""
+    prompt: str | None = None  # default: the backbone's
     max_new_tokens: int = Field(20, ge=1)
     num_beams: int = Field(3, ge=1)
 

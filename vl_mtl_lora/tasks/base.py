@@ -1,7 +1,7 @@
 """What a task is: one file holds its prompt, loss, prediction and metric."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +17,14 @@ class Task(Protocol):
 
     name: the tag. kind: the key in `tasks.KINDS`. needs: capabilities the backbone must have.
     primary: the metric that stands for the task, higher is better.
+    example: fields of a sample, for a dry run.
     """
 
     name: str
     kind: str
     needs: frozenset[str]
     primary: str
+    example: Mapping[str, Any]
 
     def collate(self, samples: Sequence[Sample], rng: random.Random) -> dict[str, Tensor]:
         """Samples of a training slice -> the tensors that `loss` reads. Runs in loader processes."""
@@ -41,36 +43,21 @@ class Task(Protocol):
         """(what the model said, whether it counts as right) of some rows, for people to read."""
 
 
-def text_rows(text: TextCodec, texts: Sequence[str]) -> Tensor:
-    """Texts -> (B, longest) token ids with marks: what `encode_text` reads, without the library's padding.
-
-    The text tower is causal and pools at the end mark, so columns after the last mark change nothing but the cost.
-    """
-    return pad_ids([[text.bos_id, *ids, text.eos_id] for ids in text.ids(texts)])
-
-
 def next_token_inputs(text: TextCodec, prompts: Sequence[str], targets: Sequence[str]) -> dict[str, Tensor]:
     """Prompts and what shall follow -> inputs of a next-token loss on the targets and the end mark alone.
 
     Returns:
-        tokens (B, L): begin mark, prompt, target. positions (K,): flat indices into (B, L) after which a supervised
-        token comes. labels (K,): those tokens. Known on the host, so that the loss asks the device for no shape.
+        tokens (B, L): prompt, target. positions (K,): flat indices into (B, L) after which a supervised token comes.
+        labels (K,): those tokens. Known on the host, so that the loss asks the device for no shape.
     """
-    rows, positions, labels = [], [], []
-    pairs = list(zip(text.ids(prompts), text.ids(targets)))
-    limit = text.context_length
-    for prompt, target in pairs:
-        target = [*target, text.eos_id]
-        target = target[-(limit - 1):]
-        prompt = prompt[:limit - 1 - len(target)]
-        rows.append([text.bos_id, *prompt, *target])
-    width = max(map(len, rows)) - 1  # the last token is only predicted
-    for i, (row, (_, target)) in enumerate(zip(rows, pairs)):
-        first = max(1, len(row) - len(target) - 1)  # the end mark follows the target
-        positions += range(i * width + first - 1, i * width + len(row) - 1)
-        labels += row[first:]
-    return {"tokens": pad_ids([row[:-1] for row in rows]), "positions": torch.tensor(positions),
-            "labels": torch.tensor(labels)}
+    ends = [[*ids[:text.context_length - 2], text.eos_id] for ids in text.ids(targets)]
+    starts = text.prompts(prompts, [len(end) for end in ends])
+    rows = [[*start, *end[:-1]] for start, end in zip(starts, ends)]  # the end mark is only predicted
+    width = max(map(len, rows))
+    positions = [i * width + j for i, (start, row) in enumerate(zip(starts, rows))
+                 for j in range(len(start) - 1, len(row))]
+    return {"tokens": pad_ids(rows, text.pad_id), "positions": torch.tensor(positions),
+            "labels": torch.tensor([token for end in ends for token in end])}
 
 
 def next_token_loss(backbone: Backbone, states: ImageStates, inputs: dict[str, Tensor]) -> Tensor:

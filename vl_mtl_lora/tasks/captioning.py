@@ -12,12 +12,14 @@ class Captioning(nn.Module):
     kind = "captioning"
     needs = frozenset({"generate"})
     primary = "CIDEr"
+    example = {"captions": ["a photo of a red circle on a blue square in the picture"]}
 
     def __init__(self, name, section, backbone):
         super().__init__()
         self.name = name
         self.text = backbone.text
-        self.prompt, self.max_new_tokens, self.num_beams = section.prompt, section.max_new_tokens, section.num_beams
+        self.prompt = backbone.prompts["captioning"] if section.prompt is None else section.prompt
+        self.max_new_tokens, self.num_beams = section.max_new_tokens, section.num_beams
 
     def collate(self, samples, rng):
         return next_token_inputs(self.text, [self.prompt] * len(samples),

@@ -1,4 +1,4 @@
-"""Image-text retrieval: symmetric contrastive loss within the slice, recall@k both ways."""
+"""Image-text retrieval: contrastive loss within the slice, recall@k both ways."""
 
 import math
 
@@ -7,45 +7,55 @@ import torch.nn.functional as F
 from torch import nn
 
 from vl_mtl_lora.metrics.retrieval import retrieval_metrics
-from vl_mtl_lora.tasks.base import text_rows
 
 
 class Retrieval(nn.Module):
-    """CLIP's loss (arXiv 2103.00020); pairs of one image, or of one caption, are no negatives of each other.
+    """CLIP's loss (arXiv 2103.00020) or SigLIP's (arXiv 2303.15343), by default the one that the base was trained with.
 
-    Head: `log_scale`, the logarithm of the similarity's scale, starting at the base's or as the config says.
+    Pairs of one image, or of one caption, are no negatives of each other.
+    Head: `log_scale`, the logarithm of the similarity's scale, starting at the base's or as the config says; with
+    SigLIP's loss also `bias`, which is added to the scaled similarity.
     """
 
     kind = "retrieval"
     needs = frozenset({"embed"})
     primary = "text_to_image_recall@1"
-    max_log_scale = math.log(100.0)
+    max_log_scale = math.log(100.0)  # of CLIP's loss
+    example = {"captions": ["a photo of a red circle on a blue square in the picture"]}
 
     def __init__(self, name, section, backbone):
         super().__init__()
         self.name = name
         self.text = backbone.text
+        self.contrastive = section.loss or backbone.contrastive
         start = math.log(section.scale) if section.scale else backbone.log_scale
-        self.log_scale = nn.Parameter(torch.tensor(min(start, self.max_log_scale)))
+        if self.contrastive == "sigmoid":
+            # A base of the other loss has no bias; SigLIP started at this one.
+            self.bias = nn.Parameter(torch.tensor(backbone.logit_bias if backbone.contrastive == "sigmoid" else -10.0))
+        else:
+            start = min(start, self.max_log_scale)
+        self.log_scale = nn.Parameter(torch.tensor(start))
 
     def collate(self, samples, rng):
         """tokens (B, L): one caption of each sample, drawn anew. positives (B, B): same image, or same caption."""
         captions = [rng.choice(s.fields["captions"]) for s in samples]
         positives = [[a.image_id == b.image_id or x == y for b, y in zip(samples, captions)]
                      for a, x in zip(samples, captions)]
-        return {"tokens": text_rows(self.text, captions), "positives": torch.tensor(positives)}
+        return {"tokens": self.text.rows(captions), "positives": torch.tensor(positives)}
 
     def loss(self, backbone, states, inputs):
+        image, text = backbone.encode_image(states), backbone.encode_text(inputs["tokens"])
+        if self.contrastive == "sigmoid":
+            return sigmoid_loss(image, text, inputs["positives"], self.log_scale.exp(), self.bias)
         with torch.no_grad():  # as CLIP does; a clamp in the loss would leave the parameter without a slope
             self.log_scale.clamp_(max=self.max_log_scale)
-        return contrastive_loss(states.embedding, backbone.encode_text(inputs["tokens"]), inputs["positives"],
-                                self.log_scale.exp())
+        return contrastive_loss(image, text, inputs["positives"], self.log_scale.exp())
 
     def predict(self, backbone, states, samples, zero_shot):
         """(image embedding (E,), caption embeddings (captions, E)) per sample."""
         captions = [s.fields["captions"] for s in samples]
-        text = backbone.encode_text(text_rows(self.text, sum(captions, [])).to(backbone.device)).float().cpu()
-        return list(zip(states.embedding.float().cpu(), text.split([len(c) for c in captions])))
+        text = backbone.encode_text(self.text.rows(sum(captions, [])).to(backbone.device)).float().cpu()
+        return list(zip(backbone.encode_image(states).float().cpu(), text.split([len(c) for c in captions])))
 
     def score(self, predictions, samples):
         return retrieval_metrics(*self._gather(predictions, samples))
@@ -81,3 +91,10 @@ def contrastive_loss(image: torch.Tensor, text: torch.Tensor, positives: torch.T
     target = positives.to(logits.dtype)
     target = target / target.sum(dim=1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def sigmoid_loss(image: torch.Tensor, text: torch.Tensor, positives: torch.Tensor, scale: torch.Tensor,
+                 bias: torch.Tensor) -> torch.Tensor:
+    """SigLIP's loss (arXiv 2303.15343, algorithm 1) of (B, E) images and texts with (B, B) positives."""
+    logits = scale * (image @ text.T).float() + bias
+    return -F.logsigmoid(torch.where(positives, logits, -logits)).sum() / len(logits)

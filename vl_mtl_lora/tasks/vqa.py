@@ -1,25 +1,29 @@
 """Visual question answering: the answer follows the question in the decoder, or comes from a closed list."""
 
+import random
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from vl_mtl_lora.backbones.generation import score_continuations
 from vl_mtl_lora.metrics.vqa import vqa_accuracy
-from vl_mtl_lora.tasks.base import next_token_inputs, next_token_loss, text_rows
+from vl_mtl_lora.tasks.base import next_token_inputs, next_token_loss
 
-_CACHED_TEXTS = 100_000  # embeddings of question and answer kept at once in a zero-shot evaluation
+_CACHED_TEXTS = 100_000  # embeddings of question and answer kept at once in an evaluation
+_CHOICES = 8  # answers that a question is trained to choose among, where its text is ranked
 
 
 class VQA(nn.Module):
     """How a question is answered (`answer_by`):
 
-    ranking:        the likeliest of a closed list after the prompt, by mean log-probability per token.
+    ranking:        the likeliest of a closed list after the prompt, by mean log-probability per token; with a
+                    backbone that cannot write, the one whose text with the question is most similar to the image.
     generation:     what the decoder writes after the prompt.
     classification: a linear head over a closed list, on the image's and the question's embedding and their product.
 
-    Zero-shot with a closed list: the answer whose text, put into `zero_shot_prompt`, is most similar to the image;
-    without a list: what the base writes after the prompt.
+    Zero-shot: as above with adapters off where the base itself can write. A CLIP cannot: with a closed list, the answer
+    whose text, put into `zero_shot_prompt`, is most similar to the image; without, what it writes after the prompt.
     """
 
     kind = "vqa"
@@ -31,27 +35,56 @@ class VQA(nn.Module):
         self.text = backbone.text
         self.answer_list = list(section.answers)
         self.answer_by = section.answer_by or ("ranking" if section.answers else "generation")
-        self.prompt, self.zero_shot_prompt = section.prompt, section.zero_shot_prompt
+        if self.answer_by == "ranking" and "generate" not in backbone.capabilities:
+            self.answer_by = "similarity"
+        self.prompt = backbone.prompts["vqa"] if section.prompt is None else section.prompt
+        self.zero_shot_prompt = section.zero_shot_prompt
         self.max_new_tokens, self.rule = section.max_new_tokens, section.metric
-        self.needs = frozenset({"embed"} if self.answer_by == "classification" else {"generate"})
-        self._zero_shot_texts: dict[str, torch.Tensor] = {}
+        self.needs = frozenset({"embed"} if self.answer_by in ("classification", "similarity") else {"generate"})
+        self.zero_shot_by_similarity = bool(section.answers) and not backbone.writes
+        self.example = {"question": "what color is the circle in the picture?",
+                        "answers": self.answer_list[:1] or ["red"], "question_id": 0}
+        self._texts: dict[str, torch.Tensor] = {}
         if self.answer_by == "classification":
             width = backbone.embed_dim
             self.classifier = nn.Linear(3 * width, len(self.answer_list))
+        if self.answer_by == "similarity":
+            self.log_scale = nn.Parameter(torch.tensor(backbone.log_scale))
 
     def _prompts(self, samples):
         return [self.prompt.format(question=s.fields["question"]) for s in samples]
 
+    def _statements(self, question, answers):
+        return [self.zero_shot_prompt.format(question=question, answer=answer) for answer in answers]
+
     def collate(self, samples, rng):
         """Of several human answers one is drawn, so that the loss sees them as often as they were given."""
         answers = [rng.choice(s.fields["answers"]) for s in samples]
-        if self.answer_by != "classification":
-            return next_token_inputs(self.text, self._prompts(samples), answers)
+        questions = [s.fields["question"] for s in samples]
         index = {answer: i for i, answer in enumerate(self.answer_list)}
-        return {"tokens": text_rows(self.text, [s.fields["question"] for s in samples]),
-                "labels": torch.tensor([index.get(answer, -100) for answer in answers])}
+        labels = torch.tensor([index.get(answer, -100) for answer in answers])
+        if self.answer_by == "classification":
+            return {"tokens": self.text.rows(questions), "labels": labels}
+        if self.answer_by == "similarity":
+            return self._choices(questions, answers, rng)
+        return next_token_inputs(self.text, self._prompts(samples), answers)
+
+    def _choices(self, questions, answers, rng: random.Random):
+        """Each question with its answer first and others of the list, as texts (B * C, L); answers outside the list
+        stand among them too."""
+        count = min(_CHOICES, len(self.answer_list))
+        texts = []
+        for question, answer in zip(questions, answers):
+            others = [other for other in self.answer_list if other != answer]
+            texts += self._statements(question, [answer, *rng.sample(others, count - 1)])
+        return {"tokens": self.text.rows(texts)}
 
     def loss(self, backbone, states, inputs):
+        if self.answer_by == "similarity":
+            image = backbone.encode_image(states)
+            texts = backbone.encode_text(inputs["tokens"]).unflatten(0, (len(image), -1))  # (B, C, E)
+            logits = self.log_scale.exp() * (texts @ image.unsqueeze(2)).squeeze(2).float()
+            return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
         if self.answer_by != "classification":
             return next_token_loss(backbone, states, inputs)
         # Answers outside the list are ignored; clamp keeps a slice of none of the others from dividing by zero.
@@ -60,35 +93,38 @@ class VQA(nn.Module):
 
     def _classify(self, backbone, states, tokens):
         """(B, answers) logits from (B, L) question tokens."""
-        question, image = backbone.encode_text(tokens), states.embedding
+        question, image = backbone.encode_text(tokens), backbone.encode_image(states)
         # Unit vectors have entries of about E^-1/2; the scale makes them of order one.
         features = torch.cat([image, question, image * question * image.shape[1] ** 0.5], dim=-1)
         return self.classifier(features.float() * image.shape[1] ** 0.5)
 
     def predict(self, backbone, states, samples, zero_shot):
         """One answer text per sample."""
-        if zero_shot and self.answer_list:
-            return self._most_similar(backbone, states, samples)
-        if self.answer_by == "generation" or zero_shot:
+        if self.answer_by == "similarity" or zero_shot and self.zero_shot_by_similarity:
+            return self._most_similar(backbone, states, samples, keep=zero_shot)
+        by = "ranking" if zero_shot and self.answer_list else "generation" if zero_shot else self.answer_by
+        if by == "generation":
             return backbone.generate(states, self._prompts(samples), max_new_tokens=self.max_new_tokens)
-        if self.answer_by == "ranking":
+        if by == "ranking":
             scores = score_continuations(backbone, states, self._prompts(samples), self.answer_list)
         else:
-            tokens = text_rows(self.text, [s.fields["question"] for s in samples]).to(backbone.device)
+            tokens = self.text.rows([s.fields["question"] for s in samples]).to(backbone.device)
             scores = self._classify(backbone, states, tokens)
         return [self.answer_list[i] for i in scores.argmax(dim=1).tolist()]
 
-    def _most_similar(self, backbone, states, samples):
-        questions = [s.fields["question"] for s in samples]
+    def _most_similar(self, backbone, states, samples, keep: bool):
+        """keep: whether texts embedded for one batch hold for the next, since the base does not change."""
+        texts = self._texts if keep else {}
         best = []
-        for image, question in zip(states.embedding, questions):
-            if question not in self._zero_shot_texts:  # many samples ask the same; the base does not change
-                if len(self._zero_shot_texts) * len(self.answer_list) > _CACHED_TEXTS:
-                    self._zero_shot_texts.clear()
-                texts = [self.zero_shot_prompt.format(question=question, answer=a) for a in self.answer_list]
-                self._zero_shot_texts[question] = torch.cat([
-                    backbone.encode_text(rows.to(backbone.device)) for rows in text_rows(self.text, texts).split(1024)])
-            best.append(self._zero_shot_texts[question] @ image)
+        for image, sample in zip(backbone.encode_image(states), samples):
+            question = sample.fields["question"]
+            if question not in texts:  # many samples ask the same
+                if len(texts) * len(self.answer_list) > _CACHED_TEXTS:
+                    texts.clear()
+                tokens = self.text.rows(self._statements(question, self.answer_list))
+                texts[question] = torch.cat([backbone.encode_text(rows.to(backbone.device))
+                                             for rows in tokens.split(1024)])
+            best.append(texts[question] @ image)
         return [self.answer_list[i] for i in torch.stack(best).argmax(dim=1).tolist()]
 
     def score(self, predictions, samples):
