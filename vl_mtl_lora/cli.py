@@ -91,23 +91,10 @@ def export(run: Run, task: Annotated[str, typer.Option(help="the task to fold in
 def inspect(config: Config, overrides: Overrides = None):
     """Shows what a config adapts, and fails where an adapter would never learn. Needs no weights and no shards."""
     from vl_mtl_lora.config import load_config
-    from vl_mtl_lora.model import build_model, check_gradients
+    from vl_mtl_lora.inspection import inspect as run
 
-    settings = load_config(config, overrides or [])
-    model = build_model(settings, random_weights=True)
-    frozen = sum(p.numel() for p in model.backbone.parameters() if not p.requires_grad)
-    places: dict[tuple[str, str], list[str]] = {}
-    for name, layer in model.summary.layers.items():
-        block, _, role = name.removeprefix(f"{layer.tower}.").partition(".") if "." in name else ("", "", name)
-        places.setdefault((layer.tower, role), []).append(block)
-    print(f"{settings.backbone.name}: {frozen:,} frozen parameters; tasks: {', '.join(settings.tasks)}")
-    for (tower, role), blocks in places.items():
-        where = f"blocks {blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}" if blocks[0] else ""
-        print(f"  {tower:6} {role:10} {len(blocks):3} x  {where}")
-    print(model.summary)
-    print(f"share of the base: {100 * model.summary.total / frozen:.2f} %")
-    check_gradients(model)
-    print("every adapter gets a gradient")
+    for line in run(load_config(config, overrides or [])):
+        print(line, flush=True)
 
 
 def _check_split(split: str) -> None:

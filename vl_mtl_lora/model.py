@@ -1,20 +1,26 @@
 """Backbone, router, adapters and task heads as one module: `forward(batch) -> losses`."""
 
+import random
+from collections.abc import Sequence
 from types import MethodType
+from typing import Literal
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vl_mtl_lora.backbones import load_backbone
 from vl_mtl_lora.backbones.base import Backbone
 from vl_mtl_lora.config import RunConfig
+from vl_mtl_lora.data.shards import Sample
 from vl_mtl_lora.data.stream import Batch
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.lora import AdapterConfig, AdapterSummary, adapter_parameters, inject
 from vl_mtl_lora.routing import TaskRouter
 from vl_mtl_lora.tasks import build_tasks, task_needs
+
+_COLOURS = [("black", "white"), ("navy", "yellow")]  # of the noise in an example batch
 
 
 class MultiTaskModel(nn.Module):
@@ -47,21 +53,19 @@ class MultiTaskModel(nn.Module):
         return dict(self.tasks.named_parameters())
 
 
-def build_model(config: RunConfig, random_weights: bool = False) -> MultiTaskModel:
+def build_model(config: RunConfig, dry_run: Literal["shapes", "narrow"] | None = None) -> MultiTaskModel:
     """Loads the backbone, injects fresh adapters, and adds the tasks' heads.
 
-    random_weights: do not look for the base's weights; for dry runs.
+    dry_run: look for no weights; see `load_backbone`.
 
     Raises:
         UserError: anything in the config that cannot be built.
     """
-    options = dict(config.backbone.options)
-    if random_weights:
-        options["random_weights"] = True
-    backbone = load_backbone(config.backbone.library, config.backbone.name,
-                             None if random_weights else config.backbone.pretrained, **options)
-    if backbone.random_weights and not options.get("random_weights"):
-        raise UserError(f"backbone.pretrained is missing: {config.backbone.name} would be frozen with random weights; "
+    section = config.backbone
+    backbone = load_backbone(section.library, section.name, None if dry_run else section.pretrained, dry_run=dry_run,
+                             **section.options)
+    if backbone.random_weights and not (dry_run or section.options.get("random_weights")):
+        raise UserError(f"backbone.pretrained is missing: {section.name} would be frozen with random weights; "
                         "give a tag or a checkpoint file (or backbone.options.random_weights=true to go without)")
     router = TaskRouter(list(config.tasks))
     tasks = build_tasks(config.tasks, backbone)
@@ -69,35 +73,41 @@ def build_model(config: RunConfig, random_weights: bool = False) -> MultiTaskMod
     return MultiTaskModel(backbone, router, tasks, summary)
 
 
-def check_gradients(model: MultiTaskModel) -> None:
-    """Runs one backward pass through all that the tasks use of the backbone.
+def example_batch(model: MultiTaskModel, rows: int = 2, tasks: Sequence[str] | None = None) -> Batch:
+    """`rows` samples of each task (or of some), of noise pictures and the tasks' own example texts, for dry runs."""
+    backbone, rng = model.backbone, random.Random(0)
+    transform = backbone.preprocess(False)
+    pictures, slices, inputs = [], {}, {}
+    names = list(model.tasks) if tasks is None else tasks
+    for name in names:
+        task = model.tasks[name]
+        samples = [Sample({**task.example, "task": name, "image_id": i}, b"", f"{name}{i}", "") for i in range(rows)]
+        for i in range(rows):
+            noise = Image.effect_noise((336, 336), 60)
+            pictures.append(transform(ImageOps.colorize(noise, *_COLOURS[i % len(_COLOURS)])))
+        slices[name] = slice(len(pictures) - rows, len(pictures))
+        inputs[name] = task.collate(samples, rng)
+    ids = model.router.ids(names).repeat_interleave(rows)
+    batch = Batch(backbone.collate_images(pictures), ids, slices, inputs, [])
+    return batch.to(backbone.device)
+
+
+def check_gradients(model: MultiTaskModel, total: Tensor | None = None) -> None:
+    """Runs a step's forward and backward pass on an `example_batch`, or the backward pass of a given sum of losses.
 
     Raises:
-        UserError: an adapter got no gradient, so its layer is never called or leads nowhere; names every such layer.
+        UserError: an adapter got no gradient, so its layer is never called or leads nowhere; names such layers.
     """
-    backbone = model.backbone
-    needs = task_needs(model.tasks)
-    tasks = len(model.router.task_names)
-    picture = Image.effect_noise((256, 256), 64).convert("RGB")
-    images = torch.stack([backbone.preprocess(False)(picture)] * tasks).to(backbone.device)
-    tokens = backbone.tokenize(["a photo"] * tasks).to(backbone.device)
-    with model.router.use(torch.arange(tasks)):
-        states = backbone.image_states(images)
-        total = 0.0
-        if "embed" in needs:
-            # Fixed random directions: a plain sum of unit vectors can have no slope.
-            directions = torch.randn(2, backbone.embed_dim, generator=torch.Generator().manual_seed(0))
-            directions = directions.to(backbone.device)
-            total = total + (states.embedding @ directions[0] + backbone.encode_text(tokens) @ directions[1]).sum()
-        if "generate" in needs:
-            total = total + backbone.token_logits(states, tokens)[..., 0].sum()
+    if total is None:
+        total = sum(model(example_batch(model)).values())
     ups = {name: layer.up for name, layer in model.summary.layers.items()}
     # A fresh layer's up-projections are zero: they alone have a slope yet.
     slopes = torch.autograd.grad(total, list(ups.values()), allow_unused=True)
     dead = [name for name, slope in zip(ups, slopes) if slope is None or not slope.any()]
     if dead:
-        raise UserError(f"{len(dead)} adapters get no gradient and would never learn: {', '.join(dead)}; leave them "
-                        "out of adapter.targets")
+        more = f" and {len(dead) - 20} more" if len(dead) > 20 else ""
+        raise UserError(f"{len(dead)} adapters get no gradient and would never learn: {', '.join(dead[:20])}{more}; "
+                        "leave them out of adapter.targets")
 
 
 def checkpoint_blocks(model: MultiTaskModel) -> None:
