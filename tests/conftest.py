@@ -15,6 +15,12 @@ torch.set_num_threads(2)
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 
 
+@pytest.fixture(autouse=True)
+def same_start():
+    """Fresh adapters are drawn at random: every test draws the same."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """An open_clip local-dir with random weights."""

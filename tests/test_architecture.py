@@ -8,10 +8,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "vl_mtl_lora"
 # In import order: a file imports only files above it.
 ORDER = ["errors", "config", "routing", "metrics.retrieval", "metrics.vqa", "metrics.caption", "metrics",
-         "data.shards", "data.reader", "data.stream", "data.examples", "data", "ops", "attention",
-         "backbones.generation", "backbones.base", "backbones.open_clip", "backbones", "lora", "tasks.base",
-         "tasks.retrieval", "tasks.vqa", "tasks.captioning", "tasks", "model", "checkpoint", "export", "evaluate",
-         "trainer", "report", "compare", "quickstart", "", "cli", "__main__"]
+         "data.pictures", "data.shards", "data.reader", "data.stream", "data.examples", "data", "ops", "attention",
+         "backbones.generation", "backbones.base", "backbones.roles", "backbones.prefix", "backbones.open_clip_text",
+         "backbones.open_clip_dual", "backbones.open_clip_coca", "backbones.open_clip", "backbones.hf_images",
+         "backbones.hf_text", "backbones.hf_dual", "backbones.hf_chat_text", "backbones.hf_chat", "backbones.hf",
+         "backbones", "lora", "tasks.base",
+         "tasks.retrieval", "tasks.vqa", "tasks.captioning", "tasks", "model", "memory", "inspection",
+         "checkpoint", "export", "evaluate", "trainer", "report", "compare", "quickstart", "", "cli", "__main__"]
 HOMES = {"open_clip": "backbones", "timm": "backbones", "transformers": "backbones", "webdataset": "data"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -61,3 +64,20 @@ def test_the_readme_s_tree_names_every_file():
     for path in FILES:
         if path.name != "__init__.py":
             assert path.name in readme, path
+
+
+def names_compared(tree):
+    """Every text that an `if`, a comparison or a match of the file tests for."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield part.value
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if not module_of(p).startswith("backbones")], ids=module_of)
+def test_no_behaviour_hangs_on_a_library_s_or_a_model_s_name(path):
+    words = ("open_clip", "transformers", "timm", "clip", "siglip", "coca", "llava", "qwen", "smolvlm", "intern", "hf")
+    formats = {"clip_benchmark"}  # a layout of shards
+    for text in names_compared(ast.parse(path.read_text())):
+        assert text in formats or not any(word in text.lower() for word in words), text

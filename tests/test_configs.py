@@ -1,4 +1,4 @@
-"""Every shipped config parses, builds without weights, and leaves no adapter without a gradient."""
+"""Every shipped config parses, is described by `inspect` without weights, and leaves no adapter without a gradient."""
 
 from importlib import resources
 from pathlib import Path
@@ -6,15 +6,48 @@ from pathlib import Path
 import pytest
 
 from vl_mtl_lora import build_model, load_config
-from vl_mtl_lora.model import check_gradients
+from vl_mtl_lora.inspection import inspect
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 EMBEDDED = [Path(str(p)) for p in (resources.files("vl_mtl_lora") / "embedded").iterdir() if p.name.endswith(".yaml")]
+# Per config: frozen parameters in millions as published, layers adapted per tower, trainable share in per cent.
+REAL = {
+    "clip_vit_b32": (151.3, {"image": 12 * 4 + 1, "text": 12 * 4}, 2.96),
+    "clip_vit_l14": (427.6, {"image": 24 * 2 + 1, "text": 12 * 2}, 2.05),
+    "siglip_vit_b16": (203.2, {"image": 12 * 4 + 5 + 1, "text": 12 * 4}, 2.75),
+    "coca_vit_b32": (253.6, {"image": 12 * 4 + 4, "text": 12 * 2, "decoder": 12 * 10}, 2.80),
+    "llava_1_5_7b": (7063.4, {"image": 23 * 4 + 2, "text": 32 * 4}, 0.28),
+    "qwen2_5_vl_3b": (3754.6, {"image": 32 + 2, "text": 36 * 2}, 0.32),
+}
+
+
+def shape_of(layer):
+    """What the four parameters of a layer must be, from its sizes alone."""
+    splits, tasks, up, rank = len(layer.slices), *layer.mix.shape[1:], layer.down.shape[1]
+    columns = layer.out_features // (3 if layer.name.rpartition(".")[2] in ("qkv", "qv") else 1)
+    return [(splits, rank, layer.in_features), (splits, tasks, rank, rank), (splits, up, rank, columns),
+            (splits, tasks, up)]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_real_size_is_injected_on_the_meta_device(path):
+    model = build_model(load_config(path), dry_run="shapes")
+    millions, modules, share = REAL[path.stem]
+    frozen = sum(p.numel() for p in model.backbone.model.parameters() if not p.requires_grad)
+    assert frozen / 1e6 == pytest.approx(millions, abs=0.1)
+    assert model.summary.modules == modules
+    assert 100 * model.summary.total / frozen == pytest.approx(share, abs=0.01)
+    assert {p.device.type for p in model.backbone.model.parameters()} == {"meta"}
+    for layer in model.summary.layers.values():
+        assert [tuple(p.shape) for p in (layer.down, layer.transform, layer.up, layer.mix)] == shape_of(layer)
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *EMBEDDED], ids=lambda path: path.stem)
-def test_config_builds(path):
-    config = load_config(path)
-    model = build_model(config, random_weights=True)
-    assert all(count > 0 for count in model.summary.modules.values())
-    check_gradients(model)
+def test_inspect_describes_it_and_finds_no_dead_adapter(path):
+    lines = list(inspect(load_config(path)))
+    text = "\n".join(lines)
+    for tower in ("image", "text"):
+        assert f"\n{tower}: " in text
+    assert "expected memory of a step: weights" in text and lines[-1] == "every adapter gets a gradient"
+    if path.stem == "llava_1_5_7b":  # the README shows it
+        assert text in (CONFIGS[0].parents[1] / "README.md").read_text()

@@ -82,8 +82,36 @@ def test_readme_command(command, workplace, monkeypatch, capfd):
 
 def test_readme_python(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_readme_s_own_backbone_trains(workplace, monkeypatch, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    from tests.tiny_models import tokenizer
+    from vl_mtl_lora import backbones, parse_config
+    from vl_mtl_lora.model import build_model, check_gradients
+    from vl_mtl_lora.trainer import train
+
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(backbones, "LOADERS", dict(backbones.LOADERS))
+    tokens = tokenizer(start="<bos>", end="<eos>")
+    tokens.save_pretrained("bert")
+    BertModel(BertConfig(vocab_size=len(tokens), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+                         intermediate_size=64)).save_pretrained("bert")
+    _, code = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(re.search(r"class LiT.*?\n\n", code, re.S).group().splitlines()) <= 21
+    exec(compile(code, "README.md", "exec"), {})
+    shards = str(workplace / "shards" / "train-*.tar")
+    config = parse_config({
+        "out": str(tmp_path / "run"),
+        "backbone": {"library": "lit", "name": "test_vit", "options": {"encoder": "bert"}},
+        "tasks": {"retrieval": {"rows": 4, "train": shards, "augment": False, "scale": 10.0},
+                  "vqa": {"rows": 4, "train": shards, "answers": ["red", "blue", "green"], "augment": False}},
+        "data": {"ignore_tasks": ["captioning"]}, "train": {"steps": 2, "warmup": 0}})
+    check_gradients(build_model(config))
+    train(config)
 
 
 def test_quickstart_again_replaces_its_own_run(tmp_path, monkeypatch):

@@ -1,8 +1,6 @@
 """The open_clip backbone against the untouched library model."""
 
 import copy
-import json
-import shutil
 
 import open_clip
 import pytest
@@ -40,11 +38,11 @@ def test_fresh_adapters_change_no_output(tiny_backbone, images, batch_first):
             for block in transformer.resblocks:
                 block.attn.batch_first = False
     router = TaskRouter(["a", "b", "c"])
-    before = {name: (id(p), p.clone()) for name, p in backbone.library_parameters().items()}
+    before = {name: (p.data_ptr(), p.clone()) for name, p in backbone.library_state().items()}
     inject(backbone, AdapterConfig(rank=4), router)
-    after = backbone.library_parameters()
+    after = backbone.library_state()
     assert after.keys() == before.keys() == dict(untouched.model.named_parameters()).keys()
-    assert all(id(after[n]) == before[n][0] and torch.equal(after[n], before[n][1]) for n in before)
+    assert all(after[n].data_ptr() == before[n][0] and torch.equal(after[n], before[n][1]) for n in before)
     tokens = backbone.tokenize(TEXTS)
     with torch.no_grad(), router.use(torch.tensor([0, 2, 1, 1])):
         for ours, theirs in (
@@ -67,7 +65,7 @@ def test_both_towers_learn_and_every_place_gets_a_gradient(tiny_backbone, images
         loss = loss + (states.embedding * backbone.encode_text(backbone.tokenize(TEXTS))).sum()
     loss.backward()
     assert all(layer.up.grad.abs().sum() > 0 for layer in summary.layers.values())
-    assert not any(p.grad is not None for p in backbone.library_parameters().values())
+    assert not any(p.grad is not None for p in backbone.library_state().values())
 
 
 def test_mixed_rows_equal_tasks_run_alone_in_both_towers(tiny_backbone, images):
@@ -138,8 +136,8 @@ def test_texts_survive_the_codec(tiny_backbone):
     ids = text.ids(["a red circle", ""])
     assert ids[1] == [] and text.decode([text.bos_id, *ids[0], text.eos_id]) == "a red circle"
     simple = open_clip.get_tokenizer("ViT-B-32")
-    from vl_mtl_lora.backbones.open_clip import OpenClipText
-    codec = OpenClipText(simple, 77)
+    from vl_mtl_lora.backbones.open_clip_text import OpenClipText
+    codec = OpenClipText(simple, 77, trims=True)
     assert codec.decode(codec.ids(["a photo of a tiger"])[0]) == "a photo of a tiger"
 
 
@@ -155,15 +153,6 @@ def test_texts_survive_the_codec(tiny_backbone):
 def test_what_cannot_be_loaded_is_said_in_one_line(arguments, message):
     with pytest.raises(UserError, match=message):
         load_backbone(**arguments)
-
-
-def test_a_text_tower_that_is_not_causal_is_refused(tiny_folder, tmp_path):
-    folder = shutil.copytree(tiny_folder, tmp_path / "clip")
-    config = json.loads((folder / "open_clip_config.json").read_text())
-    config["model_cfg"]["text_cfg"]["no_causal_mask"] = True
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="not causal"):
-        load_backbone("open_clip", f"local-dir:{folder}")
 
 
 def test_a_local_checkpoint_file_is_loaded(tmp_path):
@@ -225,9 +214,9 @@ def test_an_unknown_tower_is_refused_once_the_towers_are_known(tiny_backbone):
         router.use(txt="a")
 
 
-def randomize(summary):
+def randomize(summary, scale=0.3):
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for layer in summary.layers.values():
             for p in (layer.down, layer.transform, layer.up, layer.mix):
-                p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+                p.add_(torch.randn(p.shape, generator=generator) * scale)

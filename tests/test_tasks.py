@@ -11,8 +11,8 @@ from vl_mtl_lora.backbones.base import ImageStates
 from vl_mtl_lora.backbones.generation import score_continuations
 from vl_mtl_lora.data.shards import Sample
 from vl_mtl_lora.tasks import build_tasks
-from vl_mtl_lora.tasks.base import next_token_inputs, text_rows
-from vl_mtl_lora.tasks.retrieval import contrastive_loss
+from vl_mtl_lora.tasks.base import next_token_inputs
+from vl_mtl_lora.tasks.retrieval import contrastive_loss, sigmoid_loss
 
 ANSWERS = ["red", "blue", "dark blue"]
 
@@ -44,6 +44,85 @@ def test_contrastive_loss_shares_the_mass_among_captions_of_one_image():
     positives = torch.tensor(groups)[:, None] == torch.tensor(groups)
     got = contrastive_loss(image, text, positives, torch.tensor(5.0))
     torch.testing.assert_close(got.double(), total, atol=1e-6, rtol=1e-6)
+
+
+def test_sigmoid_loss_is_the_paper_s_and_open_clip_s():
+    from open_clip.loss import SigLipLoss
+
+    generator = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(4, 6, generator=generator).double(), dim=-1) for _ in range(2))
+    groups = [0, 1, 0, 2]
+    total = 0.0
+    for i in range(4):
+        for j in range(4):
+            sign = 1.0 if groups[i] == groups[j] else -1.0
+            total -= F.logsigmoid(sign * (8.0 * image[i] @ text[j] - 3.0)) / 4
+    positives = torch.tensor(groups)[:, None] == torch.tensor(groups)
+    scale, bias = torch.tensor(8.0), torch.tensor(-3.0)
+    torch.testing.assert_close(sigmoid_loss(image, text, positives, scale, bias).double(), total, atol=1e-6, rtol=1e-6)
+    theirs = SigLipLoss()(image.float(), text.float(), scale, bias)
+    torch.testing.assert_close(sigmoid_loss(image.float(), text.float(), torch.eye(4).bool(), scale, bias), theirs)
+
+
+@pytest.mark.parametrize("options,base,expected", [
+    ({}, "softmax", ["log_scale"]), ({}, "sigmoid", ["bias", "log_scale"]),
+    ({"loss": "sigmoid"}, "softmax", ["bias", "log_scale"]), ({"loss": "softmax"}, "sigmoid", ["log_scale"])])
+def test_retrieval_takes_the_base_s_loss_or_the_config_s(tiny_backbone, options, base, expected):
+    backbone = tiny_backbone()
+    backbone.contrastive, backbone.logit_bias, backbone.log_scale = base, -7.0, 4.8
+    made = task(backbone, "retrieval", **options)
+    head = dict(made.named_parameters())
+    assert sorted(head) == expected
+    if "bias" in head:  # SigLIP's own start where the base has none
+        assert head["bias"].item() == (-7.0 if base == "sigmoid" else -10.0)
+    assert head["log_scale"].item() == pytest.approx(4.8 if "bias" in head else 4.60517, abs=1e-4)
+    states = ImageStates(F.normalize(torch.randn(3, 24), dim=-1), None)
+    inputs = made.collate([sample(image_id=i, captions=[c]) for i, c in enumerate(["a", "red", "blue"])],
+                          random.Random(0))
+    made.loss(backbone, states, inputs).backward()
+    assert all(p.grad is not None and p.grad.abs() > 0 for p in head.values())
+
+
+def test_ranking_by_similarity_learns_among_choices_and_predicts_the_nearest(tiny_backbone, images):
+    backbone = tiny_backbone()
+    backbone.capabilities = frozenset({"embed"})
+    answers = [f"answer {i}" for i in range(12)]
+    made = task(backbone, "vqa", answers=answers)
+    assert made.answer_by == "similarity" and made.needs == {"embed"}
+    samples = [sample(question=q, answers=[a]) for q, a in (("what ?", answers[3]), ("where ?", "none of these"))]
+    questions = [s.fields["question"] for s in samples]
+    inputs = made.collate(samples, random.Random(0))
+    shown = [backbone.text.decode([t for t in row if t]) for row in inputs["tokens"].tolist()]
+    assert len(shown) == 16 and shown[0] == backbone.text.decode(backbone.text.ids(["what ? answer 3"])[0])
+    states = backbone.image_states(images[:2])
+    got = made.loss(backbone, states, inputs)
+    texts = backbone.encode_text(inputs["tokens"]).view(2, 8, -1)
+    wanted = -torch.stack([(made.log_scale.exp() * texts[i] @ states.embedding[i]).log_softmax(0)[0]
+                           for i in range(2)]).mean()
+    torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        similar = torch.stack([states.embedding[i] @ backbone.encode_text(
+            backbone.text.rows([f"{q} {a}" for a in answers])).T for i, q in enumerate(questions)])
+    for zero_shot in (False, True):
+        assert made.predict(backbone, states, samples, zero_shot) == [answers[i] for i in similar.argmax(1)]
+
+
+def test_a_base_that_writes_answers_zero_shot_by_writing(tiny_backbone, images):
+    backbone = tiny_backbone()
+    backbone.writes = True
+    states, samples = backbone.image_states(images), [sample(question="what ?", answers=["red"])] * 3
+    ranked, written = task(backbone, "vqa", answers=ANSWERS), task(backbone, "vqa", max_new_tokens=3)
+    scores = score_continuations(backbone, states, ranked._prompts(samples), ANSWERS)
+    assert ranked.predict(backbone, states, samples, True) == [ANSWERS[i] for i in scores.argmax(1)]
+    assert written.predict(backbone, states, samples, True) == written.predict(backbone, states, samples, False)
+
+
+def test_prompts_are_the_backbone_s_unless_the_config_has_one(tiny_backbone):
+    backbone = tiny_backbone()
+    backbone.prompts = {"vqa": "{question}!", "captioning": "describe"}
+    assert task(backbone, "vqa").prompt == "{question}!" and task(backbone, "captioning").prompt == "describe"
+    assert task(backbone, "captioning", prompt="").prompt == ""
+    assert task(backbone, "vqa", prompt="Q {question}").prompt == "Q {question}"
 
 
 def test_rows_of_one_image_or_one_caption_are_positives_of_each_other(tiny_backbone):
@@ -217,5 +296,5 @@ def test_image_states_slice_by_rows():
 
 
 def test_text_rows_are_trimmed(tiny_backbone):
-    rows = text_rows(tiny_backbone().text, ["a", "a red circle"])
+    rows = tiny_backbone().text.rows(["a", "a red circle"])
     assert rows.shape == (2, 5) and rows[0, 3:].tolist() == [0, 0]

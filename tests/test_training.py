@@ -40,13 +40,13 @@ def total_gradients(model, batch):
 
 def test_training_lowers_every_loss_and_leaves_the_base_alone(tiny_config):
     config = tiny_config(steps=40, log_every=20)
-    before = {n: p.clone() for n, p in build_model(config).backbone.library_parameters().items()}
+    before = {n: p.clone() for n, p in build_model(config).backbone.library_state().items()}
     losses = losses_of(config)
     for task in config.tasks:
         start, end = (sum(losses[s][task] for s in steps) / 5 for steps in (range(1, 6), range(36, 41)))
         assert end < start
     model, _ = load_run(config.out)
-    after = model.backbone.library_parameters()
+    after = model.backbone.library_state()
     assert all(torch.equal(p, after[n]) for n, p in before.items())
     with open(f"{config.out}/log.jsonl") as log:
         entries = [json.loads(line) for line in log]
