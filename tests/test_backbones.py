@@ -1,5 +1,7 @@
 """Every backbone with every task that it can do, on tiny random models of the real architectures."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,13 +12,16 @@ from tests.conftest import COLOURS
 from tests.test_open_clip import randomize
 from vl_mtl_lora import AdapterConfig, TaskRouter, UserError, build_model, inject, load_backbone, load_run, parse_config
 from vl_mtl_lora.backbones.generation import pad_ids
+from vl_mtl_lora.backbones.hf_chat import expand
+from vl_mtl_lora.inspection import inspect
 from vl_mtl_lora.model import check_gradients, checkpoint_blocks, example_batch
 from vl_mtl_lora.trainer import train
 
 EMBED_ONLY = ["oc_hf_text"]
 DUAL = ["oc_siglip", "oc_timm_vit", "oc_eva02", "hf_clip", "hf_siglip", "hf_siglip2"]
 COCA = ["oc_coca", "oc_coca_parallel"]
-CHAT = ["hf_llava", "hf_llava_next", "hf_qwen2_5_vl", "hf_qwen3_vl", "hf_smolvlm", "hf_internvl"]
+CHAT = ["hf_llava", "hf_llava_next", "hf_llava_onevision", "hf_qwen2_5_vl", "hf_qwen3_vl", "hf_smolvlm", "hf_internvl",
+        "hf_gemma3"]
 WRITERS = DUAL + COCA + CHAT
 ALL = EMBED_ONLY + WRITERS
 TEXTS = ["a red circle", "a photo of the blue square in the picture", "green"]
@@ -147,7 +152,7 @@ def test_greedy_generation_with_a_cache_is_the_likeliest_next_token_without(load
         for _ in range(4):
             logits = backbone.token_logits(states, pad_ids(rows, text.pad_id))
             if name in CHAT:
-                logits[..., text.image_id] = float("-inf")
+                logits[..., [text.image_id, backbone.image_id]] = float("-inf")
             for i, row in enumerate(rows):
                 row.append(int(logits[i, len(row) - 1].argmax()))
     for row, start, answer in zip(rows, starts, said):
@@ -155,25 +160,31 @@ def test_greedy_generation_with_a_cache_is_the_likeliest_next_token_without(load
         assert text.decode(new[:new.index(text.eos_id)] if text.eos_id in new else new) == answer
 
 
+@pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", CHAT)
-def test_chat_models_read_what_their_own_processor_writes(load, name):
+def test_chat_models_read_and_write_what_the_library_itself_would(load, name, beams):
     backbone = load(name)
-    processor, model = backbone.processor, backbone.model
-    image = Image.linear_gradient("L").resize((30, 64)).convert("RGB")
-    prompt = backbone.text._render(PROMPTS[0], 1)
-    inputs = processor(images=[[image]], text=[prompt], return_tensors="pt")
-    states = backbone.image_states(backbone.collate_images([backbone.preprocess(False)(image)]))
-    (ids,) = backbone.text.prompts(PROMPTS[:1], [1])
-    (expanded,), _ = backbone._expand([ids], states)
-    assert expanded == inputs["input_ids"][0].tolist()
-    with torch.no_grad():
-        theirs = model(**inputs).logits[0, -1]
-        ours = backbone.token_logits(states, torch.tensor([ids]))[0, -1]
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-        generated = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=backbone.text.eos_id,
-                                   suppress_tokens=[backbone.text.image_id],
-                                   pad_token_id=backbone.text.pad_id)[0, len(expanded):]
-    assert backbone.generate(states, PROMPTS[:1], max_new_tokens=4) == [backbone.text.decode(generated.tolist())]
+    text, model = backbone.text, backbone.model
+    images = [Image.linear_gradient("L").resize((30, 64)).convert("RGB"), Image.effect_noise((48, 40), 90)]
+    for count in (1,) if name == "hf_llava_onevision" else (1, 2):  # that one crops pictures that are alone
+        turn = {"role": "user", "content": [*({"type": "image", "image": image} for image in images[:count]),
+                                            {"type": "text", "text": PROMPTS[0]}]}
+        inputs = dict(backbone.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=True,
+                                                             return_dict=True, return_tensors="pt"))
+        states = backbone.image_states(backbone.collate_images(
+            [[backbone.preprocess(False)(image) for image in images[:count]] if count > 1
+             else backbone.preprocess(False)(images[0])]))
+        (ids,) = text.prompts(PROMPTS[:1], [1], [count])
+        (expanded,), (ends,) = expand([ids], text.image_id, states.tokens, [count])
+        assert expanded == inputs["input_ids"][0].tolist()
+        with torch.no_grad():
+            torch.testing.assert_close(backbone.token_logits(states, torch.tensor([ids]))[0],
+                                       model(**inputs).logits[0, ends], atol=1e-4, rtol=1e-4)
+            theirs = model.generate(**inputs, max_new_tokens=4, do_sample=False, num_beams=beams,
+                                    eos_token_id=text.eos_id, pad_token_id=text.pad_id,
+                                    suppress_tokens=[backbone.image_id, text.image_id])[0, len(expanded):]
+        assert backbone.generate(states, PROMPTS[:1], max_new_tokens=4, num_beams=beams) == [
+            text.decode(theirs.tolist())]
 
 
 @pytest.mark.parametrize("name", CHAT)
@@ -182,6 +193,10 @@ def test_rows_with_several_pictures_are_those_pictures_alone(load, name):
     router = TaskRouter(["a", "b"])
     randomize(inject(backbone, AdapterConfig(rank=4), router))
     first, second, third = pictures(backbone)
+    if name == "hf_llava_onevision":
+        with pytest.raises(UserError, match="give one picture per row"):
+            backbone.collate_images([[first, second]])
+        return
     both = backbone.collate_images([[first, second], third])
     prompts = backbone.text.prompts(PROMPTS[:2], [1, 1], [2, 1])
     tokens = pad_ids(prompts, backbone.text.pad_id)
@@ -227,10 +242,10 @@ def test_every_adapter_tensor_gets_a_gradient_also_when_blocks_run_again(config,
     assert all(g.any() for g in gradients.values()), [key for key, g in gradients.items() if not g.any()]
     assert not any(p.grad is not None for p in model.backbone.parameters() if not p.requires_grad)
     for key, p in model.adapter_state().items():
-        if key.endswith((".transform", ".mix")) and "projector" not in key:
-            tasks = p.grad.abs().flatten(2).sum((0, 2))
-            assert (tasks > 0).sum() >= 1, key
+        if key.endswith((".transform", ".mix")) and (name in CHAT + EMBED_ONLY or key.startswith("image.0")):
+            assert (p.grad.abs().flatten(2).sum((0, 2)) > 0).all(), key  # of each task
     checkpoint_blocks(model)
+    model = copy.deepcopy(model)  # a copy runs its own blocks
     model.zero_grad()
     sum(model(batch).values()).backward()
     for key, p in {**model.adapter_state(), **model.head_state()}.items():
@@ -292,6 +307,28 @@ def test_merged_weights_load_into_the_library_s_own_model(config, load, name):
 def test_a_tower_whose_qkv_is_never_called_is_refused_with_the_reason(load):
     with pytest.raises(UserError, match="reads the weight of its fused qkv layer and never calls it"):
         load("oc_eva_dead")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_inspect_describes_it(config, name):
+    assert list(inspect(config(name)))[-1] == "every adapter gets a gradient"
+
+
+def test_of_two_poolers_in_parallel_only_those_that_are_read_are_adapted(config):
+    roles = {}
+    for tasks in (("retrieval",), ("captioning",), ("retrieval", "captioning")):
+        model = build_model(config("oc_coca_parallel", tasks=tasks))
+        check_gradients(model)
+        roles[tasks] = {p.role.partition(".")[0] for p in model.summary.places.values() if p.role.startswith("pool")}
+    assert list(roles.values()) == [{"pool_embed"}, {"pool"}, {"pool", "pool_embed"}]
+
+
+def test_layers_that_cannot_be_told_apart_are_refused(load):
+    backbone = load("hf_llava")
+    mlp = backbone.model.model.language_model.layers[0].mlp
+    mlp.second = torch.nn.ModuleDict({"gate_proj": torch.nn.Linear(32, 64)})
+    with pytest.raises(UserError, match="cannot be told apart.*text.0.mlp.gate each stands for several"):
+        inject(backbone, AdapterConfig(), TaskRouter(["a"]))
 
 
 def test_llava_leaves_out_the_block_that_nothing_reads(load):

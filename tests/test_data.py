@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.conftest import tiny_samples
 from vl_mtl_lora import UserError, write_shards
-from vl_mtl_lora.data.pictures import decode_image
+from vl_mtl_lora.data.pictures import decode_image, to_rgb
 from vl_mtl_lora.data.reader import FaultLog, Source, expand_urls, read_samples
 from vl_mtl_lora.data.shards import read_jsonl
 from vl_mtl_lora.data.stream import BatchStream, Quota, eval_batches, train_batches
@@ -270,6 +270,12 @@ def test_unusual_images_come_out_upright_and_rgb():
     assert decode_image(encode(palette, "PNG")).getpixel((0, 0)) == (0, 0, 255)
     deep = Image.new("I;16", (4, 4), 0x8080)
     assert decode_image(encode(deep, "PNG")).getpixel((0, 0)) == (128, 128, 128)
+    wide = Image.new("I", (4, 4), 128 * 257)
+    assert to_rgb(wide).getpixel((0, 0)) == (128, 128, 128)
+    plain = Image.new("RGB", (4, 4))
+    assert to_rgb(plain) is plain
+    with pytest.raises(ValueError, match="floating point"):
+        to_rgb(Image.new("F", (4, 4)))
     with pytest.raises(BadSample, match="cannot be decoded"):
         decode_image(encode(Image.effect_noise((64, 64), 50), "JPEG")[:200])
 

@@ -67,6 +67,9 @@ def test_a_missing_package_for_quantisation_is_named(llava, monkeypatch):
     ({"name": "/nowhere/at/all"}, "could not load '/nowhere/at/all'"),
     ({"name": "LLAVA", "pretrained": "x"}, "come with backbone.name"),
     ({"name": "LLAVA", "dtype": "bf16"}, "options.dtype: got 'bf16'; did you mean bfloat16|valid are"),
+    ({"name": "LLAVA", "dtype": "float16"}, "options.dtype: got 'float16'"),
+    ({"name": "CLIP", "quantize": "8bit"}, "only chat models are quantised, got a clip"),
+    ({"name": "PALIGEMMA"}, "reads whole prompts in both directions"),
     ({"name": "LLAVA", "quantize": "3bit"}, "did you mean 8bit or 4bit|did you mean 4bit or 8bit"),
     ({"name": "LLAVA", "dtyp": "bfloat16"}, "did you mean dtype"),
     ({"name": "BERT"}, "of type bert; supported are clip, siglip, siglip2"),
@@ -76,7 +79,10 @@ def test_what_cannot_be_loaded_is_said_in_one_line(llava, tmp_path, arguments, m
 
     tiny_models.tokenizer().save_pretrained(tmp_path)
     BertConfig().save_pretrained(tmp_path)
+    made = {"CLIP": tiny_models.hf_clip, "PALIGEMMA": tiny_models.hf_paligemma}
     name = {"LLAVA": llava, "BERT": str(tmp_path)}.get(arguments["name"], arguments["name"])
+    if name in made:
+        name = made[name](tmp_path / "made")
     with pytest.raises(UserError, match=message) as caught:
         load_backbone("transformers", **{**arguments, "name": name})
     assert "\n" not in str(caught.value)
@@ -116,12 +122,37 @@ def test_a_chat_text_is_the_template_s_and_holds_no_smuggled_picture(llava):
     assert text.eos_id == tokens.eos_token_id
     assert text.decode([*text.ids(["red circle"])[0], text.eos_id, 7]) == "red circle"
     assert text.rows(["a", "a red circle"]).shape[0] == 2 and text.image_id not in text.rows(["a <image>"])
+    assert text.ids(["red <image> <eos> circle"]) == text.ids(["red circle"])
 
 
-def test_a_text_too_long_is_cut_and_the_template_kept(llava):
+def test_a_text_too_long_loses_its_middle_and_the_template_and_the_instruction_stay(llava):
     text = load_backbone("transformers", llava, max_length=30).text
-    short, long = text.prompts(["a", "red " * 60], [5, 5])
+    short, long = text.prompts(["a", "green " + "red " * 60 + "describe the picture"], [5, 5])
     assert len(long) == 25 and long[-2:] == short[-2:] and long.count(text.image_id) == 1
+    words = text.tokenizer.decode(long)
+    assert "green red" in words and "red describe the picture" in words
+    (row,) = text.rows(["red " * 60]).tolist()
+    assert len(row) <= 30 and "summarize the sentence in one word" in text.tokenizer.decode(row)
+
+
+def test_generation_does_not_follow_the_model_s_own_settings(llava):
+    backbone = load_backbone("transformers", llava)
+    image = backbone.collate_images([backbone.preprocess(False)(Image.new("RGB", (20, 20), "red"))])
+    said = backbone.generate(image, ["what color is it?"], max_new_tokens=6)
+    backbone.model.generation_config.repetition_penalty = 50.0
+    backbone.model.generation_config.no_repeat_ngram_size = 1
+    assert backbone.generate(image, ["what color is it?"], max_new_tokens=6) == said
+
+
+def test_inspect_counts_what_a_quantised_base_will_take():
+    from vl_mtl_lora.inspection import inspect
+
+    pytest.importorskip("bitsandbytes")
+    config = {"out": "x", **config_of("llava-hf/llava-1.5-7b-hf", dtype="bfloat16", quantize="4bit")}
+    line = next(inspect(parse_config(config)))
+    layers = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)  # of the language model; 4 bits, and a scale for 64 values
+    size = 2 * (7_063_427_072 - layers) + layers * (0.5 + 4 / 64)
+    assert line.endswith(f"7,063,427,072 frozen parameters, {size / 1e9:.1f} GB as 4bit")
 
 
 def test_pictures_are_joined_and_told_apart():

@@ -45,6 +45,9 @@ def test_rows_are_repeated_each_by_its_own_number_and_a_part_of_a_tower_has_rows
         assert router.route("text").ids.tolist() == [1, 0, 1]
         with router.use(image=torch.tensor([0])):
             assert router.route("image.merged").ids.tolist() == [1, 0, 0, 1]  # its own route stays
+    with pytest.raises(RuntimeError, match="the image tower got 3 rows, but the router holds 2 ids"), \
+            router.use(torch.tensor([1, 0])), router.repeat(image=[1, 1, 1]):
+        pass
     with router.use(image=torch.tensor([1])):
         assert router.route("image.merged").ids.tolist() == [1]  # the tower's, having none
     with router.use("b"), router.repeat(image=[3, 2]):

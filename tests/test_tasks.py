@@ -117,6 +117,22 @@ def test_a_base_that_writes_answers_zero_shot_by_writing(tiny_backbone, images):
     assert written.predict(backbone, states, samples, True) == written.predict(backbone, states, samples, False)
 
 
+def test_an_answer_without_a_token_is_refused_at_build(tiny_backbone):
+    backbone = tiny_backbone()
+    backbone.text.ids = lambda texts: [[5] if text == "red" else [] for text in texts]
+    with pytest.raises(UserError, match=r"tasks.vqa.answers: '\?!' has no token"):
+        task(backbone, "vqa", answers=["red", "?!"])
+
+
+def test_similarities_are_float32_also_under_autocast():
+    from vl_mtl_lora.tasks.base import similarity
+
+    image, text = (F.normalize(torch.randn(20, 64, generator=torch.Generator().manual_seed(i)), dim=-1) for i in (0, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = similarity(image, text.T)
+    assert torch.equal(got, image @ text.T)
+
+
 def test_prompts_are_the_backbone_s_unless_the_config_has_one(tiny_backbone):
     backbone = tiny_backbone()
     backbone.prompts = {"vqa": "{question}!", "captioning": "describe"}

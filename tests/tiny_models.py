@@ -328,3 +328,50 @@ def hf_internvl(folder):
     return _save(folder, config, hf.InternVLProcessor(
         images, tokens, hf.InternVLVideoProcessor(size=SQUARE), image_seq_length=4,
         chat_template=CHATML_TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\n")))
+
+
+def hf_llava_onevision(folder):
+    """LLaVA-OneVision: crops where a text shows one image, and the SigLIP tower's last states."""
+    tokens = tokenizer(["<|im_start|>", "<|im_end|>", "<image>", "<video>"], bos_token=None, eos_token="<|im_end|>",
+                       padding_side="left")
+    grid = {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32], [16, 16]]}
+    images, videos = (tokens.convert_tokens_to_ids(token) for token in ("<image>", "<video>"))
+    config = hf.LlavaOnevisionConfig(
+        text_config=_decoder(tokens, "qwen2"), image_token_id=images, image_token_index=images, video_token_id=videos,
+        video_token_index=videos, vision_feature_layer=-1, vision_feature_select_strategy="full",
+        tie_word_embeddings=False, **grid,
+        vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False})
+    return _save(folder, config, hf.LlavaOnevisionProcessor(
+        hf.LlavaOnevisionImageProcessor(size=SQUARE, **grid), tokens, hf.LlavaOnevisionVideoProcessor(size=SQUARE),
+        num_image_tokens=16, vision_feature_select_strategy="full",
+        chat_template=CHATML_TEMPLATE.replace("IMAGE", "<image>\n")))
+
+
+def hf_gemma3(folder):
+    """Gemma 3: a begin token stands for an image, whose 4 tokens see each other; sliding and full attention."""
+    named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    tokens = tokenizer(["<start_of_turn>", "<end_of_turn>", *named.values()], start="<bos>", padding_side="left",
+                       extra_special_tokens=named)
+    text = _decoder(tokens, "gemma3_text", head_dim=16, sliding_window=8, query_pre_attn_scalar=16,
+                    layer_types=["sliding_attention", "full_attention"])
+    config = hf.Gemma3Config(
+        text_config=text, mm_tokens_per_image=4, boi_token_index=tokens.boi_token_id,
+        eoi_token_index=tokens.eoi_token_id, image_token_index=tokens.image_token_id,
+        image_token_id=tokens.image_token_id,
+        vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False})
+    template = CHATML_TEMPLATE.replace("<|im_start|>", "<start_of_turn>").replace("<|im_end|>", "<end_of_turn>")
+    return _save(folder, config, hf.Gemma3Processor(
+        hf.Gemma3ImageProcessor(size=SQUARE, image_seq_length=4), tokens, image_seq_length=4,
+        chat_template="{{ bos_token }}" + template.replace("IMAGE", "<start_of_image>")))
+
+
+def hf_paligemma(folder):
+    """PaliGemma, which reads a whole prompt in both directions."""
+    tokens = tokenizer(["<image>"], start="<bos>", extra_special_tokens={"image_token": "<image>"})
+    config = hf.PaliGemmaConfig(
+        text_config=_decoder(tokens, "gemma", head_dim=16), image_token_index=tokens.image_token_id,
+        image_token_id=tokens.image_token_id, projection_dim=32,
+        vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False})
+    images = hf.SiglipImageProcessor(size=SQUARE)
+    images.image_seq_length = 16
+    return _save(folder, config, hf.PaliGemmaProcessor(images, tokens))

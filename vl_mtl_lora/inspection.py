@@ -16,8 +16,8 @@ def inspect(config: RunConfig) -> Iterator[str]:
     model = build_model(config, dry_run="shapes")
     frozen = [p for p in model.backbone.model.parameters() if not p.requires_grad]
     count = sum(p.numel() for p in frozen)
-    size = sum(p.numel() * p.element_size() for p in frozen)
-    yield f"{config.backbone.name}: {count:,} frozen parameters, {_gigabytes(size)} as {frozen[0].dtype}"
+    kind = config.backbone.options.get("quantize") or str(model.backbone.dtype).removeprefix("torch.")
+    yield f"{config.backbone.name}: {count:,} frozen parameters, {_gigabytes(model.backbone.weight_bytes)} as {kind}"
     yield f"tasks: {', '.join(f'{name} ({task.rows} rows of a batch)' for name, task in config.tasks.items())}"
     yield from tree(model)
     yield f"total: {model.summary.total:,} trainable parameters, {100 * model.summary.total / count:.2f} % of the base"

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vl_mtl_lora.backbones.base import ADAPTER_PARAMETERS, Backbone, Place
+from vl_mtl_lora.backbones.base import Backbone, Place
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.ops import routed_linear
 from vl_mtl_lora.routing import TaskRouter
 
 TRANSFORMS = ("full", "diagonal")
+ADAPTER_PARAMETERS = ("down", "transform", "up", "mix")
 
 
 class MTLLoRALinear(nn.Module):
@@ -47,6 +48,8 @@ class MTLLoRALinear(nn.Module):
     Raises:
         UserError: a value out of its range.
     """
+
+    library_names = {"base.weight": "weight", "base.bias": "bias", **dict.fromkeys(ADAPTER_PARAMETERS)}
 
     def __init__(self, base: nn.Linear, router: TaskRouter, *, tower: str, rank: int, alpha: float, num_tasks: int,
                  num_up: int = 3, temperature: float = 0.5, dropout: float = 0.0, splits: int = 1,
@@ -227,6 +230,10 @@ def inject(backbone: Backbone, config: AdapterConfig, router: TaskRouter,
         raise UserError("the backbone already has adapters: load it again to inject others")
     places = backbone.places(backbone.capabilities if needs is None else needs)
     freeze(backbone)
+    names = [place.name for place in places]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"backbone: {len(twice)} layers cannot be told apart by tower, block and role: "
+                        f"{', '.join(twice[:3])} each stands for several; this model is not supported")
     slices: list[set[int]] = [set() for _ in places]
     for target in config.targets:
         matched = [_matched_slices(target, place) for place in places]

@@ -75,10 +75,9 @@ def expected_memory(model: MultiTaskModel, probe: MultiTaskModel, config: RunCon
     inputs.pop("", None)
     again = sum(inputs.values()) + max(kept.values(), default=0.0)
     value = 2 if config.train.precision == "bf16" else next(model.backbone.model.parameters()).element_size()
-    weights = sum(p.numel() * p.element_size() for p in model.backbone.parameters() if not p.requires_grad)
     trained = _BYTES_TRAINED * sum(p.numel() for p in model.parameters() if p.requires_grad)
     activations = round(value * (outside + sum(kept.values())))
-    return Memory(weights, trained, activations, round(value * (outside + again))), loss
+    return Memory(model.backbone.weight_bytes, trained, activations, round(value * (outside + again))), loss
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def _up_backward(dy: Tensor, z: Tensor, up: Tensor, route: Route, slices: tuple[
         for s, task, dz_part, dy_part in _parts(up, dz, dy, route, slices):
             torch.mm(dy_part, up[s, task].T, out=dz_part)
         for s, task, z_part, dy_part in _parts(up, z, dy, route, slices):
-            torch.mm(z_part.T, dy_part, out=d_up[s, task])
+            d_up[s, task].addmm_(z_part.T, dy_part)  # a task may have several runs
         return dz, d_up
     ids = route.ids_on(dy.device)
     dz_rows, z = dz.view(len(ids), -1, splits, rank), z.view(len(ids), -1, splits, rank)

@@ -15,7 +15,7 @@ class Route:
     """The tasks of the rows (dim 0) that a layer is about to see.
 
     ids:  (B,) task ids on the CPU; None where every row, however many, is of task `task`.
-    runs: the same as (task id, first row, row after the last) where each task's rows lie side by side, else None.
+    runs: the same as (task id, first row, row after the last) where tasks' rows lie side by side, else None.
     """
 
     ids: Tensor | None = None
@@ -34,7 +34,8 @@ class Route:
         values, counts = torch.unique_consecutive(ids, return_counts=True)
         values, counts = values.tolist(), counts.tolist()
         runs = None
-        if len(values) == len(set(values)):
+        # Patches of a few pictures are long runs, though a task may come twice; without runs factors are gathered.
+        if len(values) == len(set(values)) or len(ids) >= 16 * len(values):
             stops = torch.tensor(counts).cumsum(0).tolist()
             runs = tuple((task, stop - count, stop) for task, count, stop in zip(values, counts, stops))
         return Route(ids=ids, runs=runs)
@@ -123,6 +124,9 @@ class TaskRouter:
             route = self.route(tower)
             if route is not None and route.ids is not None:
                 count = torch.as_tensor(count, dtype=torch.int64)
+                if count.dim() and len(count) != len(route.ids):
+                    raise RuntimeError(f"the {tower} tower got {len(count)} rows, but the router holds "
+                                       f"{len(route.ids)} ids for it")
                 state[tower] = Route.of_rows(route.ids.repeat_interleave(count))
         return self._set(state)
 

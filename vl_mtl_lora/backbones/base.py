@@ -1,19 +1,18 @@
 """The contract that every backbone fulfils: what the rest of the package may ask of a vision-language model."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from vl_mtl_lora.attention import KeyValueCache
 from vl_mtl_lora.backbones.generation import generate
 from vl_mtl_lora.data.pictures import to_rgb
-
-ADAPTER_PARAMETERS = ("down", "transform", "up", "mix")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,10 @@ class TextCodec(Protocol):
     context_length: int
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> (B, context_length) token ids as `encode_text` reads them, padded; too long ones are cut."""
+        """Texts -> (B, L) token ids as `encode_text` reads them, padded; too long ones are cut.
+
+        L is context_length, but for chat models, whose context is long, that of the longest text.
+        """
 
     def rows(self, texts: Sequence[str]) -> Tensor:
         """As `tokenize`, with no more columns than `encode_text` needs."""
@@ -137,13 +139,16 @@ class Backbone(nn.Module):
         return torch.stack(list(pictures))
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> (B, context_length) token ids with begin and end marks, padded, as `encode_text` reads them."""
+        """Texts -> (B, L) token ids with begin and end marks, padded, as `encode_text` reads them."""
         return self.text.tokenize(texts)
 
     # -- towers ---------------------------------------------------------------------------------------------------
 
     def image_states(self, images: Any) -> ImageStates:
-        """A batch of pictures -> everything that the tasks read of it, in one pass of the image tower."""
+        """A batch of pictures -> everything that the tasks read of it, in one pass of the image tower.
+
+        `ImageStates`, or another type with its `rows` that the backbone's own methods take.
+        """
         raise NotImplementedError
 
     def encode_image(self, images: Any) -> Tensor:
@@ -217,14 +222,18 @@ class Backbone(nn.Module):
 
         replaced: tensors to take instead of parameters. Re-expressed layers are put together again.
         """
-        alias = {f"{prefix}.{own}": f"{prefix}.{theirs}" for prefix, module in self.model.named_modules()
-                 for own, theirs in getattr(module, "library_names", {}).items()}
         parts: dict[str, list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
-            if name.rpartition(".")[2] not in ADAPTER_PARAMETERS:
-                name = name.replace(".base.", ".")
-                parts.setdefault(alias.get(name, name), []).append(replaced.get(parameter, parameter.detach()))
+        seen: set[int] = set()  # a tied parameter has its first name alone
+        for name, parameter in _library_parameters(self.model):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                parts.setdefault(name, []).append(replaced.get(parameter, parameter.detach()))
         return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in parts.items()}
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the frozen weights take."""
+        return sum(p.numel() * p.element_size() for p in self.parameters() if not p.requires_grad)
 
     @property
     def device(self) -> torch.device:
@@ -234,6 +243,22 @@ class Backbone(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the frozen weights, and of what the towers are given."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+
+def _library_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by their library names: a module that stands for another says in `library_names` what its own are
+    called there, None for those that the library does not have."""
+    renamed = getattr(module, "library_names", {})
+    own = [(name, p) for name, p in module.named_parameters(recurse=False)]
+    below = [(f"{child}.{name}", p) for child, part in module.named_children() for name, p in _library_parameters(part)]
+    for name, parameter in (*own, *below):
+        if (name := renamed.get(name, name)) is not None:
+            yield name, parameter
+
+
+def unit(x: Tensor) -> Tensor:
+    """(..., E) vectors of length one, in float32 or wider: similarities decide by small differences."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 class _Preprocess:

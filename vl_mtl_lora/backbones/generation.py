@@ -31,7 +31,8 @@ def generate(backbone, states, prompts: Sequence[str], max_new_tokens: int, num_
         positions = (readable.cumsum(1) - 1).clamp(min=0)
         x = backbone.step(states, tokens, positions, readable)[:, -1]
         repeated = torch.arange(rows, device=device).repeat_interleave(beams)
-        cache.select(repeated)
+        if beams > 1:
+            cache.select(repeated)
         x, sizes, limits, readable = (part[repeated] for part in (x, sizes, limits, readable))
         said = torch.empty(rows * beams, 0, dtype=torch.long, device=device)
         # Only the first beam of a row is alive at the start, or all would be the same.
@@ -146,6 +147,11 @@ def score_continuations(backbone, states, prompts: Sequence[str], candidates: Se
 def pad_ids(rows: Sequence[Sequence[int]], pad_id: int = 0) -> Tensor:
     """Token id lists -> (B, longest), padded on the right."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True, padding_value=pad_id)
+
+
+def marked_prompts(text, texts: Sequence[str], room: Sequence[int]) -> list[list[int]]:
+    """`TextCodec.prompts` of a codec whose prompts are the begin mark and the text, cut at its end."""
+    return [[text.bos_id, *ids][:max(1, text.context_length - more)] for ids, more in zip(text.ids(texts), room)]
 
 
 def _repeated(backbone, times: int):

@@ -12,7 +12,7 @@ from vl_mtl_lora.backbones.hf_dual import HFDual
 from vl_mtl_lora.errors import UserError
 
 DUAL = ("clip", "siglip", "siglip2")  # model types with two encoders
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 # Quantised is the language model alone: its output layer and what sees pictures stay as they are.
 _KEPT = ["lm_head", ".*vision.*", ".*visual.*", ".*project.*", ".*connector.*"]
 
@@ -25,9 +25,9 @@ def load(name: str, pretrained: str | None = None, *, dtype: str = "float32", qu
     Args:
         name: a folder written by `save_pretrained`, or a name on the hub.
         pretrained: not used here; the weights come with the name.
-        dtype: of the frozen weights, "float32", "bfloat16" or "float16".
-        quantize: the language model's layers as "4bit" (NF4, by bitsandbytes) or "8bit" (by torchao); adapters stay
-            in float32.
+        dtype: of the frozen weights, "float32" or "bfloat16".
+        quantize: the language model's layers of a chat model as "4bit" (NF4, by bitsandbytes) or "8bit" (by torchao);
+            adapters stay in float32.
         prefix_grid: the image enters the decoder of a CLIP or SigLIP as 1 + prefix_grid**2 tokens.
         max_length: the most tokens of a text, where a picture counts as one; for chat models.
         random_weights: load no weights.
@@ -53,7 +53,10 @@ def load(name: str, pretrained: str | None = None, *, dtype: str = "float32", qu
     except Exception as error:  # transformers raises many types for what it cannot find or read
         raise UserError(f"backbone: transformers could not load {name!r}, expected a folder written by save_pretrained "
                         f"or a name on the hub: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    quantization = None if quantize is None else _quantization(quantize)  # a missing package shows in a dry run too
     if config.model_type in DUAL:
+        if quantize is not None:
+            raise UserError(f"backbone.options.quantize: only chat models are quantised, got a {config.model_type}")
         auto = transformers.AutoModel
     elif type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         auto = transformers.AutoModelForImageTextToText
@@ -65,8 +68,11 @@ def load(name: str, pretrained: str | None = None, *, dtype: str = "float32", qu
     if dry_run or random_weights:
         with torch.device("meta" if dry_run == "shapes" else "cpu"):
             model = auto.from_config(config, dtype=getattr(torch, dtype))
+        for parameter in model.parameters():  # some projections start at zero, and let no gradient through
+            if parameter.dim() > 1 and not parameter.is_meta and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
     else:
-        options = {} if quantize is None else {"quantization_config": _quantization(quantize)}
+        options = {} if quantization is None else {"quantization_config": quantization}
         try:
             model = auto.from_pretrained(source, dtype=getattr(torch, dtype), **options)
         except Exception as error:
@@ -80,6 +86,7 @@ def load(name: str, pretrained: str | None = None, *, dtype: str = "float32", qu
         backbone = HFDual(model, processor, prefix_grid)
     else:
         backbone = HFChat(model, processor, max_length)
+        backbone.will_quantize = quantize if dry_run else None
     backbone.random_weights = bool(random_weights or dry_run)
     return backbone
 
@@ -123,4 +130,6 @@ def narrow(config):
             part.num_key_value_heads = 1
     if hasattr(config.vision_config, "out_hidden_size"):
         config.vision_config.out_hidden_size = config.text_config.hidden_size
+    if hasattr(config.text_config, "projection_size"):  # SigLIP's texts end in the width of its pictures
+        config.text_config.projection_size = config.vision_config.hidden_size
     return config

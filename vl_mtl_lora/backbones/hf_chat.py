@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-from vl_mtl_lora.backbones.base import Backbone, Place
+from vl_mtl_lora.backbones.base import Backbone, Place, unit
 from vl_mtl_lora.backbones.generation import build_sampler, pad_ids
 from vl_mtl_lora.backbones.hf_chat_text import ChatText
 from vl_mtl_lora.backbones.hf_images import Pictures, PictureTransform
@@ -25,6 +25,8 @@ from vl_mtl_lora.backbones.roles import outermost_stack, tower_places
 from vl_mtl_lora.errors import UserError
 
 _IMAGE_INSTRUCTION = "Summarize the image in one word."
+_TYPE_INPUTS = ("mm_token_type_ids", "token_type_ids")  # 1 where an id is of a picture
+_QUANTIZED_BYTES = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}  # a value; NF4 has a float32 scale for 64 of them
 _LOG_SCALE = 3.0  # exp(3) = 20: states of one model lie close together, and a temperature is learned
 
 
@@ -65,25 +67,59 @@ class HFChat(Backbone):
     prompts = MappingProxyType({"vqa": "{question}\nAnswer the question using a single word or phrase.",
                                 "captioning": "Describe the image in one short sentence."})
     log_scale = _LOG_SCALE
+    will_quantize: str | None = None
 
     def __init__(self, model: nn.Module, processor, max_length: int):
         super().__init__()
-        base = model.base_model
-        text_config = model.config.get_text_config()
-        for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
-            if getattr(text_config, name, None) not in (None, neutral):
-                raise UserError(f"backbone: {type(model).__name__} changes its logits ({name}); that is not supported")
-        if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
-            raise UserError(f"backbone: {type(model).__name__} does not take encoded pictures (mm_encoder_outputs); "
-                            "it is not supported")
+        config, base = model.config.get_text_config(), model.base_model
+        self.model, self.processor = model, processor
+        self._takes = frozenset(inspect.signature(base.forward).parameters)
         if not isinstance(getattr(processor, "image_token", None), str):
             raise UserError(f"backbone: {type(processor).__name__} names no token that stands for a picture")
-        self.model, self.processor = model, processor
-        self.text = ChatText(processor, min(max_length, text_config.max_position_embeddings), model.config)
-        self.embed_dim = text_config.hidden_size
-        self._takes = inspect.signature(base.forward).parameters.keys()
+        if "mm_encoder_outputs" not in self._takes:
+            raise UserError(f"backbone: {type(model).__name__} does not take encoded pictures (mm_encoder_outputs); "
+                            "it is not supported")
+        if getattr(config, "use_bidirectional_attention", None) is True:
+            raise UserError(f"backbone: {type(model).__name__} reads whole prompts in both directions; chat models "
+                            "are supported where a token is read after those before it alone")
+        self.image_id = model.config.image_token_id  # what a picture's features replace, as often as it has features
+        self.text = ChatText(processor, min(max_length, config.max_position_embeddings))
+        self.embed_dim = config.hidden_size
         rope = getattr(base, "get_rope_index", None)
         self._position_inputs = () if rope is None else tuple(inspect.signature(rope).parameters)
+        self._check_processor()
+        self._check_logits()
+
+    def _check_processor(self) -> None:
+        """Raises UserError unless our ids and inputs for a picture and a text are those that the processor makes."""
+        image = Image.new("RGB", (64, 48))
+        rendered = self.text.render("what is it?", 1)
+        theirs = self.processor(images=[[image]], text=[rendered], return_tensors="pt",
+                                add_special_tokens=self.text.adds_marks(rendered))
+        pictures = self.preprocess(False)(image)
+        (ours,), _ = expand(self.text.prompts(["what is it?"], [1]), self.text.image_id, pictures.tokens, [1])
+        given = {"input_ids", "attention_mask", "labels", *_TYPE_INPUTS, *self._position_inputs, *self._feature_inputs}
+        unread = sorted(set(theirs.keys()) & self._takes - given)
+        if unread or ours != theirs["input_ids"][0].tolist():
+            why = f"it reads {', '.join(unread)} of its processor" if unread else "its processor rearranges texts"
+            raise UserError(f"backbone: {type(self.model).__name__} is not supported: {why}")
+
+    def _check_logits(self) -> None:
+        """Raises UserError unless logits are the output layer's, for a model whose config names a change of them."""
+        config = self.model.config.get_text_config()
+        named = [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+                 if getattr(config, name, None) not in (None, 1.0)]
+        if not named or self.device.type == "meta":
+            return
+        ids = torch.tensor([[self.text.eos_id]], device=self.device)
+        with torch.no_grad():
+            if not torch.allclose(self.model(input_ids=ids).logits, self.logits(self._run(ids, None)), rtol=1e-2):
+                raise UserError(f"backbone: {type(self.model).__name__} changes its logits ({', '.join(named)}); that "
+                                "is not supported")
+
+    @property
+    def _feature_inputs(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.model.base_model.get_image_features).parameters)
 
     # -- pictures and texts in ------------------------------------------------------------------------------------
 
@@ -99,10 +135,9 @@ class HFChat(Backbone):
 
     def image_states(self, images: Pictures):
         inputs = {**images.inputs, "pixel_values": images.inputs["pixel_values"].to(self.dtype)}
-        features = inspect.signature(self.model.base_model.get_image_features).parameters
         with self._picture_rows(images):
             out = self.model.base_model.get_image_features(
-                **{name: tensor for name, tensor in inputs.items() if name in features}, return_dict=True)
+                **{name: tensor for name, tensor in inputs.items() if name in self._feature_inputs}, return_dict=True)
         pooled = out.pooler_output
         if isinstance(pooled, Tensor):  # crops of all pictures in one tensor
             pooled = pooled.split(list(images.rows))
@@ -119,7 +154,7 @@ class HFChat(Backbone):
         if self.router is None:
             return nullcontext()
         flat = images.inputs["pixel_values"].dim() == 2
-        merged = [ids.count(self.text.image_id) for ids in images.tokens] if flat else images.rows
+        merged = [ids.count(self.image_id) for ids in images.tokens] if flat else images.rows
         return self.router.repeat(**{"image": _per_row(images.rows, images.counts),
                                      "image.merged": _per_row(merged, images.counts)})
 
@@ -133,47 +168,37 @@ class HFChat(Backbone):
             output["deepstack_features"] = [list(layer) for layer in states.deep]
         return {"mm_encoder_outputs": {"image": output}, **states.positions}
 
+    def _token_types(self, ids: Tensor) -> dict[str, Tensor]:
+        """Which ids are of pictures, for models that place or mask those in a way of their own."""
+        return {name: (ids == self.image_id).long() for name in _TYPE_INPUTS if name in self._takes}
+
     def _run(self, ids: Tensor, states: ChatStates | None) -> Tensor:
         """(B, W) ids with pictures expanded -> (B, W, D) states of the language model."""
-        extra = {} if states is None else self._encoded(states)
-        if "mm_token_type_ids" in self._takes and states is not None:
-            extra["mm_token_type_ids"] = (ids == self.text.image_id).long()
+        extra = {} if states is None else {**self._encoded(states), **self._token_types(ids)}
         # Causal, and padded on the right: no mask is needed for what is read.
         return self.model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state
 
+    def _states(self, images):
+        return images if isinstance(images, ChatStates) else self.image_states(images)
+
     def encode_image(self, images):
-        states = images if isinstance(images, ChatStates) else self.image_states(images)
+        states = self._states(images)
         prompts = self.text.prompts([_IMAGE_INSTRUCTION] * len(states.counts), [0] * len(states.counts), states.counts)
         x = self.token_states(states, pad_ids(prompts, self.text.pad_id).to(self.device))
         last = torch.tensor([len(ids) - 1 for ids in prompts], device=x.device)
-        return F.normalize(x[torch.arange(len(x), device=x.device), last], dim=-1)
+        return unit(x[torch.arange(len(x), device=x.device), last])
 
     def encode_text(self, tokens):
         x = self._run(tokens, None)
         column = torch.arange(tokens.shape[1], device=tokens.device)
         last = (column * (tokens != self.text.pad_id)).argmax(dim=1)
-        return F.normalize(x[torch.arange(len(x), device=x.device), last], dim=-1)
+        return unit(x[torch.arange(len(x), device=x.device), last])
 
     def token_states(self, images, tokens):
-        states = images if isinstance(images, ChatStates) else self.image_states(images)
-        rows, ends = self._expand(tokens.tolist(), states)
+        states = self._states(images)
+        rows, ends = expand(tokens.tolist(), self.text.image_id, states.tokens, states.counts)
         x = self._run(pad_ids(rows, self.text.pad_id).to(tokens.device), states)
         return x[torch.arange(len(x), device=x.device).unsqueeze(1), torch.tensor(ends, device=x.device)]
-
-    def _expand(self, rows: Sequence[Sequence[int]], states: ChatStates) -> tuple[list[list[int]], list[list[int]]]:
-        """Every placeholder -> its picture's ids. Returns the rows, and where each token's last id stands in them."""
-        pictures = iter(states.tokens)
-        expanded, ends = [], []
-        for row, count in zip(rows, states.counts):
-            if (got := row.count(self.text.image_id)) != count:
-                raise ValueError(f"a text has {got} placeholders for its {count} pictures")
-            out, last = [], []
-            for token in row:
-                out += next(pictures) if token == self.text.image_id else [token]
-                last.append(len(out) - 1)
-            expanded.append(out)
-            ends.append(last)
-        return expanded, ends
 
     def logits(self, states):
         return self.model.get_output_embeddings()(states)
@@ -183,25 +208,40 @@ class HFChat(Backbone):
         """See `Backbone.generate`; by the library's own generate, rows padded on the left."""
         if not prompts:
             return []
-        states = images if isinstance(images, ChatStates) else self.image_states(images)
+        from transformers import GenerationConfig
+
+        states = self._states(images)
         sampler = build_sampler(len(prompts), num_beams, temperature, top_p, seed)
-        rows, _ = self._expand(self.text.prompts(prompts, [max_new_tokens] * len(prompts), states.counts), states)
+        starts = self.text.prompts(prompts, [max_new_tokens] * len(prompts), states.counts)
+        rows, _ = expand(starts, self.text.image_id, states.tokens, states.counts)
         width = max(map(len, rows))
         ids = torch.tensor([[self.text.pad_id] * (width - len(row)) + row for row in rows], device=self.device)
         readable = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        extra = self._encoded(states)
-        if "mm_token_type_ids" in self._takes:
-            extra["mm_token_type_ids"] = (ids == self.text.image_id).long() * readable
-        repeated = nullcontext() if self.router is None else self.router.repeat(text=num_beams)
-        with repeated:
-            out = self.model.generate(
-                input_ids=ids, attention_mask=readable, max_new_tokens=max_new_tokens, num_beams=num_beams,
-                do_sample=False, eos_token_id=self.text.eos_id, pad_token_id=self.text.pad_id,
-                suppress_tokens=[self.text.image_id],  # an answer shows no picture
-                logits_processor=[] if sampler is None else [lambda _, scores: sampler(scores)], **extra)
+        types = {name: kind * readable for name, kind in self._token_types(ids).items()}
+        # The model's own settings may hold penalties that count a row's padding, and so its neighbours; what a config
+        # given to generate leaves open would be taken from them.
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig(
+            max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, eos_token_id=self.text.eos_id,
+            pad_token_id=self.text.pad_id, suppress_tokens=[*{self.image_id, self.text.image_id}])
+        try:
+            with nullcontext() if self.router is None else self.router.repeat(text=num_beams):
+                out = self.model.generate(
+                    input_ids=ids, attention_mask=readable, **self._encoded(states), **types,
+                    logits_processor=[] if sampler is None else [lambda _, scores: sampler(scores)])
+        finally:
+            self.model.generation_config = own
         return [self.text.decode(row) for row in out[:, width:].tolist()]
 
     # -- adapters -------------------------------------------------------------------------------------------------
+
+    @property
+    def weight_bytes(self):
+        """In a dry run, of the quantised model that the real run will have."""
+        whole = super().weight_bytes
+        layers = [m for block in outermost_stack(self.model.get_decoder()) for m in block.modules()
+                  if isinstance(m, nn.Linear)] if self.will_quantize else []
+        values = sum(layer.weight.numel() for layer in layers)
+        return round(whole - values * (self.dtype.itemsize - _QUANTIZED_BYTES.get(self.will_quantize, 0)))
 
     def places(self, needs):
         base, vision, language = self._parts()
@@ -241,6 +281,27 @@ class HFChat(Backbone):
     def blocks(self):
         _, vision, language = self._parts()
         return [*outermost_stack(vision), *outermost_stack(language)]
+
+
+def expand(rows: Sequence[Sequence[int]], placeholder: int, pictures: Sequence[Sequence[int]],
+           counts: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+    """Every placeholder -> its picture's ids. Returns the rows, and where each token's last id stands in them.
+
+    Raises:
+        ValueError: a row has another number of placeholders than `counts` says it has pictures.
+    """
+    left = iter(pictures)
+    expanded, ends = [], []
+    for row, count in zip(rows, counts):
+        if (got := row.count(placeholder)) != count:
+            raise ValueError(f"a text has {got} placeholders for its {count} pictures")
+        out, last = [], []
+        for token in row:
+            out += next(left) if token == placeholder else [token]
+            last.append(len(out) - 1)
+        expanded.append(out)
+        ends.append(last)
+    return expanded, ends
 
 
 def _within(layer: nn.Module, module: nn.Module) -> bool:

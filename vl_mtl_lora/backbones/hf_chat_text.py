@@ -5,24 +5,23 @@ from collections.abc import Sequence
 from vl_mtl_lora.backbones.generation import pad_ids
 
 _TEXT_INSTRUCTION = "Summarize the sentence in one word."
+_KEPT_END = 32  # tokens at the end of a text that is too long
 
 
 class ChatText:
-    """See `TextCodec`. image_id: the token that stands for one picture until the model runs.
+    """See `TextCodec`. image_id: the placeholder, the token that stands for one picture until the model runs.
 
     Answers are tokenised as they follow the template's generation prompt, and end with the template's end mark.
     """
 
-    def __init__(self, processor, context_length: int, config):
+    def __init__(self, processor, context_length: int):
         self.processor, self.tokenizer, self.context_length = processor, processor.tokenizer, context_length
         self.image_token = processor.image_token
-        self.image_id = getattr(config, "image_token_id", None)
-        if self.image_id is None:
-            self.image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        self.image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
         # What the template writes between a user's text and an answer X, and after X.
         question, answer = "QUESTION", "ANSWER"
-        opened = self._render(question, 1)
-        closed = self._render(question, 1, answer)
+        opened = self.render(question, 1)
+        closed = self.render(question, 1, answer)
         before, after = "", ""
         if closed.startswith(opened) and answer in closed[len(opened):]:
             before, _, after = closed[len(opened):].partition(answer)
@@ -34,9 +33,9 @@ class ChatText:
         pad = self.tokenizer.pad_token_id
         self.pad_id = self.tokenizer.eos_token_id if pad is None or pad == self.image_id else pad
 
-    def _render(self, text: str, pictures: int, answer: str | None = None) -> str:
+    def render(self, text: str, pictures: int, answer: str | None = None) -> str:
         """One user turn, pictures first, up to where the answer begins, or with the answer."""
-        text = text.replace(self.image_token, " ")  # a text must not smuggle in a picture
+        text = self._harmless(text)
         if getattr(self.processor, "chat_template", None) is None:
             return self.image_token * pictures + f"\n{text}\n" + (answer or "")
         content = [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
@@ -45,23 +44,35 @@ class ChatText:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
 
+    def _harmless(self, text: str) -> str:
+        """A text that smuggles in no picture, end of turn or other mark of the tokenizer's."""
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, " ")
+        return text.replace(self.image_token, " ")
+
     def _ids(self, rendered: Sequence[str]) -> list[list[int]]:
-        # A template that writes the begin mark itself must not get a second one.
+        return self.tokenizer(list(rendered), add_special_tokens=self.adds_marks(rendered[0])).input_ids
+
+    def adds_marks(self, rendered: str) -> bool:
+        """A template that writes the begin mark itself must not get a second one."""
         bos = self.tokenizer.bos_token
-        marks = not (bos and rendered[0].startswith(bos))
-        return self.tokenizer(list(rendered), add_special_tokens=marks).input_ids
+        return not (bos and rendered.startswith(bos))
 
     def prompts(self, texts, room, pictures: Sequence[int] | None = None):
         """pictures: how many each text is about; one where None."""
         if not texts:
             return []
         pictures = [1] * len(texts) if pictures is None else pictures
-        rows = self._ids([self._render(text, count) for text, count in zip(texts, pictures)])
+        rows = self._ids([self.render(text, count) for text, count in zip(texts, pictures)])
         for i, more in enumerate(room):
-            if (excess := len(rows[i]) + more - self.context_length) > 0:  # the text is cut, never the template
+            if (excess := len(rows[i]) + more - self.context_length) > 0:
+                # The middle of the text is cut: never the template, nor an instruction at either end.
                 words = self.tokenizer(texts[i], add_special_tokens=False).input_ids
-                text = self.tokenizer.decode(words[:max(0, len(words) - excess)])
-                rows[i] = self._ids([self._render(text, pictures[i])])[0]
+                room_left = max(0, len(words) - excess)
+                end = min(room_left // 2, _KEPT_END)
+                halves = (words[:room_left - end], words[len(words) - end:])
+                text = " ".join(self.tokenizer.decode(half) for half in halves if half)
+                rows[i] = self._ids([self.render(text, pictures[i])])[0]
         return rows
 
     def rows(self, texts):
@@ -75,6 +86,7 @@ class ChatText:
     def ids(self, texts):
         if not texts:
             return []
+        texts = [self._harmless(text) for text in texts]
         tail = self.tokenizer(self._tail, add_special_tokens=False).input_ids
         whole = self.tokenizer([self._tail + self._before + text for text in texts], add_special_tokens=False).input_ids
         if all(row[:len(tail)] == tail for row in whole):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vl_mtl_lora.attention import split_attention
-from vl_mtl_lora.backbones.base import ImageStates, Place
+from vl_mtl_lora.backbones.base import ImageStates, Place, unit
 from vl_mtl_lora.backbones.hf_images import Pictures, PictureTransform
 from vl_mtl_lora.backbones.hf_text import HFText
 from vl_mtl_lora.backbones.open_clip_text import scalar
@@ -65,7 +65,7 @@ class HFDual(PrefixBackbone):
             vision = self.model.config.vision_config
             size = tuple(side // vision.patch_size for side in inputs["pixel_values"].shape[-2:])
             prefix = prefix_tokens(first, tokens, size, self.prefix_grid)
-        return ImageStates(F.normalize(out.pooler_output, dim=-1), self.prefix(prefix))
+        return ImageStates(unit(out.pooler_output), self.prefix(prefix))
 
     def _pooled_by_shape(self, tokens: Tensor, shapes: Tensor) -> Tensor:
         """(B, patches, W) padded patches of (B, 2) heights and widths -> (B, 1 + grid^2, W): mean and pooled grid."""
@@ -77,7 +77,7 @@ class HFDual(PrefixBackbone):
         return torch.stack(rows)
 
     def encode_text(self, tokens):
-        return F.normalize(self.model.get_text_features(input_ids=tokens).pooler_output, dim=-1)
+        return unit(self.model.get_text_features(input_ids=tokens).pooler_output)
 
     def embed_tokens(self, tokens, positions):
         embeddings = self.model.text_model.embeddings

@@ -43,6 +43,9 @@ class Pictures:
 
         one_row: all the pictures belong to one row.
         """
+        if one_row and "batch_num_images" in batches[0].inputs:
+            raise UserError("this model prepares the pictures of one text together, crops only where there is one: "
+                            "give one picture per row")
         inputs = {name: _cat([b.inputs[name] for b in batches]) for name in batches[0].inputs}
         counts = [count for b in batches for count in b.counts]
         return Pictures(inputs, [ids for b in batches for ids in b.tokens], [sum(counts)] if one_row else counts,

@@ -1,5 +1,7 @@
 """The `TextCodec` of a Hugging Face tokenizer, as CLIP, SigLIP and text encoders read it."""
 
+from vl_mtl_lora.backbones.generation import marked_prompts
+
 
 class HFText:
     """See `TextCodec`. trims: whether padding after the end mark may be left out."""
@@ -24,7 +26,7 @@ class HFText:
                               return_tensors="pt").input_ids
 
     def prompts(self, texts, room):
-        return [[self.bos_id, *ids][:max(1, self.context_length - more)] for ids, more in zip(self.ids(texts), room)]
+        return marked_prompts(self, texts, room)
 
     def ids(self, texts):
         return self.tokenizer(list(texts), add_special_tokens=False, truncation=True,

@@ -13,7 +13,7 @@ from vl_mtl_lora.backbones.open_clip_text import StandInTokenizer
 from vl_mtl_lora.errors import UserError
 
 EMBEDDED = "micro-clip"  # the base that ships with the package
-_PRECISION = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}  # our names -> open_clip's
+_PRECISION = {"float32": "fp32", "bfloat16": "pure_bf16"}  # our names -> open_clip's
 _EMBEDDED_PREFIX_GRID = 3
 
 
@@ -28,7 +28,7 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = 
             from random weights, as in open_clip.
         prefix_grid: the image enters a CLIP's decoder as 1 + prefix_grid**2 tokens at most; a CoCa has its own.
         image_size: another input size in pixels; positional embeddings are interpolated.
-        dtype: of the frozen weights, "float32", "bfloat16" or "float16".
+        dtype: of the frozen weights, "float32" or "bfloat16".
         random_weights: load no weights, whatever the name.
         dry_run: see `load_backbone`.
 

@@ -1,10 +1,9 @@
 """open_clip's CoCa (arXiv 2205.01917): image tower with attention pooling, text tower, and a decoder on top of both."""
 
-import torch.nn.functional as F
 from torch import nn
 
 from vl_mtl_lora.attention import split_attention
-from vl_mtl_lora.backbones.base import Backbone, ImageStates
+from vl_mtl_lora.backbones.base import Backbone, ImageStates, unit
 from vl_mtl_lora.backbones.open_clip_dual import (
     check_image_tower,
     express_image_tower,
@@ -26,7 +25,6 @@ class OpenClipCoCa(Backbone):
     text_towers = ("text", "decoder")
     capabilities = frozenset({"embed", "generate"})
     writes = True
-    prompts = {"vqa": "question : {question} answer :", "captioning": ""}
 
     def __init__(self, model: nn.Module, tokenizer):
         from open_clip.transformer import TextTransformer
@@ -49,10 +47,10 @@ class OpenClipCoCa(Backbone):
     def image_states(self, images):
         pooled, tokens = self.model.visual(images.to(self.dtype))
         # A pool of one query for embeddings keeps its axis: (B, 1, E).
-        return ImageStates(F.normalize(pooled.flatten(1), dim=-1), tokens)
+        return ImageStates(unit(pooled.flatten(1)), tokens)
 
     def encode_text(self, tokens):
-        return self.model.encode_text(tokens, normalize=True)
+        return unit(self.model.encode_text(tokens, normalize=False))
 
     def step(self, states, tokens, positions, readable=None):
         text, decoder = self.model.text, self.model.text_decoder
@@ -82,8 +80,9 @@ class OpenClipCoCa(Backbone):
     def places(self, needs):
         self.express()
         visual = self.model.visual
-        # The one pool of open_clip's CoCa serves both heads; of two, the second is for embeddings alone.
-        found = image_places(visual, self.left_out, embeds=True)
+        # One pool, or the first of two in cascade, serves both heads; of two in parallel each serves its own.
+        shared = visual.attn_pool_contrastive is None or visual.attn_pool_type == "cascade"
+        found = image_places(visual, self.left_out, pooled=shared or "generate" in needs)
         if visual.attn_pool_contrastive is not None and "embed" in needs:
             found += block_places("image", -1, visual.attn_pool_contrastive, self.left_out, stem="pool_embed.")
         found += tower_places("text", self.model.text.transformer.resblocks, self.left_out)

@@ -5,11 +5,10 @@ import warnings
 from dataclasses import fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vl_mtl_lora.attention import split_attention
-from vl_mtl_lora.backbones.base import ImageStates, Place
+from vl_mtl_lora.backbones.base import ImageStates, Place, unit
 from vl_mtl_lora.backbones.open_clip_text import OpenClipText, scalar
 from vl_mtl_lora.backbones.prefix import PREFIX_GRID, PrefixBackbone, causal_mask, prefix_tokens
 from vl_mtl_lora.backbones.roles import block_places, outermost_stack, tower_places
@@ -58,7 +57,7 @@ class OpenClipDual(PrefixBackbone):
     def image_states(self, images):
         visual, images = self.model.visual, images.to(self.dtype)
         if "generate" not in self.capabilities:
-            return ImageStates(self.model.encode_image(images, normalize=True), None)
+            return ImageStates(unit(self.model.encode_image(images)), None)
         out = visual.forward_intermediates(
             images, indices=1, normalize_intermediates=True, output_fmt="NLC", output_extra_tokens=True)
         grid = out["image_intermediates"][0]
@@ -66,7 +65,7 @@ class OpenClipDual(PrefixBackbone):
         if first is None or not first.shape[1]:  # no class token
             first = grid.mean(dim=1, keepdim=True)
         tokens = prefix_tokens(first, grid, self._grid_size(images), self.prefix_grid)
-        return ImageStates(F.normalize(out["image_features"], dim=-1), self.prefix(tokens))
+        return ImageStates(unit(out["image_features"]), self.prefix(tokens))
 
     def _grid_size(self, images: Tensor) -> tuple[int, int]:
         visual = self.model.visual
@@ -74,7 +73,7 @@ class OpenClipDual(PrefixBackbone):
 
     def encode_text(self, tokens):
         if not self.text.trims:
-            return self.model.encode_text(tokens, normalize=True)
+            return unit(self.model.encode_text(tokens))
         tower = self._text_tower
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         x = self.embed_tokens(tokens, positions)
@@ -83,7 +82,7 @@ class OpenClipDual(PrefixBackbone):
         at_end = tokens if pool == "argmax" else (tokens == eos_id).int()
         pooled = x[torch.arange(len(x), device=x.device), at_end.argmax(dim=-1)]
         projection = tower.text_projection
-        return F.normalize(projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection, dim=-1)
+        return unit(projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection)
 
     def embed_tokens(self, tokens, positions):
         tower = self._text_tower
@@ -119,7 +118,7 @@ class OpenClipDual(PrefixBackbone):
 
     def places(self, needs):
         self.express()
-        found = image_places(self.model.visual, self.left_out, embeds="embed" in needs)
+        found = image_places(self.model.visual, self.left_out, pooled="embed" in needs)
         found += tower_places("text", self._text_blocks(), self.left_out)
         if "generate" in needs:
             found.append(Place("image", -1, "projector", self, "projector"))
@@ -197,11 +196,11 @@ def express_image_tower(visual: nn.Module) -> None:
             pool.attn = split_attention(pool.attn, where="image.pool", cross=True)
 
 
-def image_places(visual: nn.Module, left_out: dict[str, str], embeds: bool) -> list[Place]:
-    """Places of an image tower: its blocks, and the attention pool where embeddings are used."""
+def image_places(visual: nn.Module, left_out: dict[str, str], pooled: bool) -> list[Place]:
+    """Places of an image tower: its blocks, and its attention pool where what that gives is used."""
     found = tower_places("image", image_blocks(visual), left_out)
     pool = getattr(getattr(visual, "trunk", visual), "attn_pool", None)
-    if pool is not None and embeds:
+    if pool is not None and pooled:
         found += block_places("image", -1, pool, left_out, stem="pool.")
     return found
 

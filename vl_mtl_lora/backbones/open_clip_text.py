@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vl_mtl_lora.backbones.generation import pad_ids
+from vl_mtl_lora.backbones.generation import marked_prompts, pad_ids
 
 
 class OpenClipText:
@@ -37,7 +37,7 @@ class OpenClipText:
         return pad_ids([[self.bos_id, *ids, self.eos_id] for ids in self.ids(texts)], self.pad_id)
 
     def prompts(self, texts, room):
-        return [[self.bos_id, *ids][:max(1, self.context_length - more)] for ids, more in zip(self.ids(texts), room)]
+        return marked_prompts(self, texts, room)
 
     def ids(self, texts):
         rows = self.tokenize(texts).tolist() if texts else []

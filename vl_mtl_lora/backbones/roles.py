@@ -40,7 +40,7 @@ def block_places(tower: str, index: int, block: nn.Module, left_out: dict[str, s
             continue
         role = role_of(name)
         if role is None:
-            left_out[f"{tower}.{index}.{name}"] = "its name tells no role"
+            left_out[f"{tower}.{index}.{name}" if index >= 0 else f"{tower}.{name}"] = "its name tells no role"
             continue
         parent = block.get_submodule(name.rpartition(".")[0])
         fused = role == "attn.qkv" and layer.out_features == 3 * layer.in_features

@@ -6,6 +6,8 @@ from PIL import Image, ImageOps
 
 from vl_mtl_lora.errors import BadSample
 
+_ORIENTATION = 0x0112  # the EXIF tag
+
 
 def decode_image(data: bytes) -> Image.Image:
     """Bytes of an image file -> upright RGB image. Raises BadSample where they cannot be decoded."""
@@ -21,13 +23,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode -> upright RGB: EXIF rotation done, transparency on white, 16 bits scaled to 8.
 
     Palette and CMYK are converted as Pillow does it; of an animation the current frame is taken.
+
+    Raises:
+        ValueError: pixels in floating point, whose range nobody knows.
     """
+    if image.mode == "F":
+        raise ValueError("pixels in floating point have no known range")
+    if image.mode == "RGB" and "transparency" not in image.info and image.getexif().get(_ORIENTATION, 1) == 1:
+        return image
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         # Transparent pixels hold arbitrary colours: show them on white, as a viewer would.
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    if image.mode.startswith("I;16"):  # convert() would cut 16 bits off at 255 instead of scaling them
+    if image.mode.startswith("I"):  # 16 bits of grey, in some versions of Pillow as 32; convert() would cut them off
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     return image.convert("RGB")

@@ -60,6 +60,12 @@ def next_token_inputs(text: TextCodec, prompts: Sequence[str], targets: Sequence
             "labels": torch.tensor([token for end in ends for token in end])}
 
 
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of unit vectors in float32, also under autocast: in bf16 near ones would be equal."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def next_token_loss(backbone: Backbone, states: ImageStates, inputs: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy of the supervised tokens of `next_token_inputs`."""
     x = backbone.token_states(states, inputs["tokens"])

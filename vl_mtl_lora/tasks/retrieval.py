@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vl_mtl_lora.metrics.retrieval import retrieval_metrics
+from vl_mtl_lora.tasks.base import similarity
 
 
 class Retrieval(nn.Module):
@@ -87,7 +88,7 @@ class Retrieval(nn.Module):
 def contrastive_loss(image: torch.Tensor, text: torch.Tensor, positives: torch.Tensor,
                      scale: torch.Tensor) -> torch.Tensor:
     """Symmetric InfoNCE of (B, E) images and texts; a row's positives (B, B), symmetric, share the probability mass."""
-    logits = scale * (image @ text.T).float()
+    logits = scale * similarity(image, text.T)
     target = positives.to(logits.dtype)
     target = target / target.sum(dim=1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -96,5 +97,5 @@ def contrastive_loss(image: torch.Tensor, text: torch.Tensor, positives: torch.T
 def sigmoid_loss(image: torch.Tensor, text: torch.Tensor, positives: torch.Tensor, scale: torch.Tensor,
                  bias: torch.Tensor) -> torch.Tensor:
     """SigLIP's loss (arXiv 2303.15343, algorithm 1) of (B, E) images and texts with (B, B) positives."""
-    logits = scale * (image @ text.T).float() + bias
+    logits = scale * similarity(image, text.T) + bias
     return -F.logsigmoid(torch.where(positives, logits, -logits)).sum() / len(logits)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from vl_mtl_lora.backbones.generation import score_continuations
+from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.metrics.vqa import vqa_accuracy
-from vl_mtl_lora.tasks.base import next_token_inputs, next_token_loss
+from vl_mtl_lora.tasks.base import next_token_inputs, next_token_loss, similarity
 
 _CACHED_TEXTS = 100_000  # embeddings of question and answer kept at once in an evaluation
 _CHOICES = 8  # answers that a question is trained to choose among, where its text is ranked
@@ -44,6 +45,10 @@ class VQA(nn.Module):
         self.zero_shot_by_similarity = bool(section.answers) and not backbone.writes
         self.example = {"question": "what color is the circle in the picture?",
                         "answers": self.answer_list[:1] or ["red"], "question_id": 0}
+        if self.answer_list and self.needs == {"generate"}:
+            empty = [answer for answer, ids in zip(self.answer_list, self.text.ids(self.answer_list)) if not ids]
+            if empty:
+                raise UserError(f"tasks.{name}.answers: {empty[0]!r} has no token in this backbone's vocabulary")
         self._texts: dict[str, torch.Tensor] = {}
         if self.answer_by == "classification":
             width = backbone.embed_dim
@@ -83,7 +88,7 @@ class VQA(nn.Module):
         if self.answer_by == "similarity":
             image = backbone.encode_image(states)
             texts = backbone.encode_text(inputs["tokens"]).unflatten(0, (len(image), -1))  # (B, C, E)
-            logits = self.log_scale.exp() * (texts @ image.unsqueeze(2)).squeeze(2).float()
+            logits = self.log_scale.exp() * similarity(texts, image.unsqueeze(2)).squeeze(2)
             return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
         if self.answer_by != "classification":
             return next_token_loss(backbone, states, inputs)
