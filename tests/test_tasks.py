@@ -185,18 +185,35 @@ def test_next_token_loss_equals_a_loop_over_tokens(tiny_backbone, images, kind, 
     torch.testing.assert_close(got, torch.stack(losses).mean())
 
 
-def test_scores_of_continuations_equal_the_sum_over_their_tokens(tiny_backbone, images):
+@pytest.mark.parametrize("certain", [0.0, 30.0])
+def test_scores_of_continuations_equal_the_mean_over_their_tokens(tiny_backbone, images, certain):
     backbone = tiny_backbone()
     prompts = ["what ?", "the color of it is", ""]
+    answers = [*ANSWERS, "a red circle", "there is a", "blue blue blue blue"]
+    passes = []
+    plain, logits = backbone.token_states, backbone.logits
+    ((red,),) = backbone.text.ids(["red"])
+    backbone.logits = lambda states: logits(states) + certain * (torch.arange(backbone.model.vocab_size) == red)
+    backbone.token_states = lambda *args: passes.append(1) or plain(*args)
     with torch.no_grad():
-        got = score_continuations(backbone, backbone.image_states(images), prompts, ANSWERS)
+        got = score_continuations(backbone, backbone.image_states(images), prompts, answers)
+        ran = len(passes)
         for i, prompt in enumerate(prompts):
-            for j, answer in enumerate(ANSWERS):
+            wanted, bound = [], []
+            for answer in answers:
                 (before,), (after,) = backbone.text.ids([prompt]), backbone.text.ids([answer])
                 ids = [backbone.text.bos_id, *before, *after]
                 logp = backbone.token_logits(images[i:i + 1], torch.tensor([ids]))[0].log_softmax(-1)
-                wanted = sum(logp[len(before) + k, token] for k, token in enumerate(after)) / len(after)
-                torch.testing.assert_close(got[i, j], wanted, atol=1e-5, rtol=1e-5)
+                each = [logp[len(before) + k, token] for k, token in enumerate(after)]
+                wanted.append(sum(each) / len(after))
+                bound.append(each[0] / len(after))
+            wanted, bound = torch.stack(wanted), torch.stack(bound)
+            assert got[i].argmax() == wanted.argmax()
+            exact = (got[i] - wanted).abs() < 1e-3
+            assert exact[wanted.argmax()] and exact[:2].all()
+            torch.testing.assert_close(got[i][~exact], bound[~exact], atol=1e-3, rtol=1e-4)
+            assert (bound[~exact] < wanted.max()).all()
+    assert ran == (1 if certain else 5)  # where one answer is certain, none of the longer ones has a chance
 
 
 def test_vqa_answers_by_each_way(tiny_backbone, images):

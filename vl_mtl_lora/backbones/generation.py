@@ -120,7 +120,8 @@ def build_sampler(rows: int, num_beams: int, temperature: float, top_p: float,
 def score_continuations(backbone, states, prompts: Sequence[str], candidates: Sequence[str]) -> Tensor:
     """(B, C): the mean log-probability per token of each candidate after each prompt, about each row's image.
 
-    One pass over the rows scores all candidates of one token; longer ones are run out one by one.
+    One pass over the rows scores all candidates of one token. A longer one is run out only where its first token leaves
+    it a chance: else its entry is what it could reach at most, which is below the row's best.
     """
     text = backbone.text
     ends = text.ids(candidates)
@@ -131,16 +132,19 @@ def score_continuations(backbone, states, prompts: Sequence[str], candidates: Se
     x = backbone.token_states(states, pad_ids(starts, text.pad_id).to(backbone.device))
     rows = torch.arange(len(starts), device=x.device)
     first = F.log_softmax(backbone.logits(x[rows, lengths - 1]).float(), dim=-1)
-    scores = first[:, torch.tensor([end[0] for end in ends], device=x.device)]
-    for column, end in enumerate(ends):
-        if len(end) == 1:
+    sizes = torch.tensor([len(end) for end in ends], device=x.device)
+    scores = first[:, torch.tensor([end[0] for end in ends], device=x.device)] / sizes  # no token after adds to it
+    best = scores.masked_fill(sizes > 1, float("-inf")).max(dim=1).values
+    for column in scores.max(dim=0).values.argsort(descending=True).tolist():
+        end = ends[column]
+        if len(end) == 1 or bool((scores[:, column] < best).all()):
             continue
         full = [[*start, *end[:-1]] for start in starts]
         x = backbone.token_states(states, pad_ids(full, text.pad_id).to(backbone.device))
         for offset, token in enumerate(end[1:]):
             logits = backbone.logits(x[rows, lengths + offset]).float()
-            scores[:, column] += F.log_softmax(logits, dim=-1)[:, token]
-        scores[:, column] /= len(end)
+            scores[:, column] += F.log_softmax(logits, dim=-1)[:, token] / len(end)
+        best = torch.maximum(best, scores[:, column])
     return scores
 
 
