@@ -211,6 +211,45 @@ def test_rows_with_several_pictures_are_those_pictures_alone(load, name):
     torch.testing.assert_close(embedded[:1], one, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_decoder_reads_what_came_before_and_the_picture(load, name):
+    backbone = load(name)
+    each = pictures(backbone)
+    prompts = backbone.text.prompts(["a photo of the color", "a red circle", "it is"], [1] * 3)
+    tokens = pad_ids(prompts, backbone.text.pad_id)
+    changed = tokens.clone()
+    rows, last = torch.arange(3), torch.tensor([len(prompt) - 1 for prompt in prompts])
+    changed[rows, last] = backbone.text.ids(["green"])[0][-1]
+    with torch.no_grad():
+        base, other = (backbone.token_logits(backbone.collate_images(each), t) for t in (tokens, changed))
+        turned = backbone.token_logits(backbone.collate_images(each[::-1]), tokens)
+    for i, end in enumerate(last.tolist()):
+        torch.testing.assert_close(other[i, :end], base[i, :end], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(other[i, end], base[i, end], atol=1e-2)
+    assert not torch.allclose(turned[0, last[0]], base[0, last[0]], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", DUAL)
+def test_a_prefix_is_the_class_token_or_mean_and_the_pooled_grid(load, name):
+    backbone = load(name, prefix_grid=1)
+    images = backbone.collate_images(pictures(backbone))
+    seen = []
+    backbone.projector.register_forward_hook(lambda layer, args, out: seen.append(args[0]))
+    with torch.no_grad():
+        prefix = backbone.image_states(images).prefix
+    (tokens,) = seen
+    assert tokens.shape[:2] == prefix.shape[:2] == (3, 2)
+    mean = torch.full((len(tokens),), backbone.token_weights()[0].norm(dim=-1).mean().item())
+    torch.testing.assert_close(prefix[:, 0].norm(dim=-1), mean)
+    if "siglip" in name:  # no class token: the mean of all patches, twice where the grid is pooled to one
+        torch.testing.assert_close(tokens[:, 0], tokens[:, 1], atol=1e-5, rtol=1e-5)
+    if name == "hf_siglip2":
+        out = backbone.model.vision_model(**images.inputs).last_hidden_state
+        sizes = images.inputs["spatial_shapes"].prod(dim=1).tolist()
+        wanted = torch.stack([row[:size].mean(dim=0) for row, size in zip(out, sizes)])
+        torch.testing.assert_close(tokens[:, 0], wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_embeddings_are_the_library_s_own(load, name):
     if name in CHAT:

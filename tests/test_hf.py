@@ -144,6 +144,43 @@ def test_generation_does_not_follow_the_model_s_own_settings(llava):
     assert backbone.generate(image, ["what color is it?"], max_new_tokens=6) == said
 
 
+def test_a_model_that_changes_its_logits_is_refused(llava):
+    from vl_mtl_lora.backbones.hf_chat import HFChat
+
+    backbone = load_backbone("transformers", llava)
+    model, plain = backbone.model, backbone.model.forward
+    model.config.text_config.logits_scaling = 2.0
+    HFChat(model, backbone.processor, 100)  # the config says so, and the model does not do it
+
+    def forward(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        out.logits = out.logits / 2
+        return out
+
+    model.forward = forward
+    with pytest.raises(UserError, match=r"changes its logits \(logits_scaling\)"):
+        HFChat(model, backbone.processor, 100)
+
+
+def test_a_processor_that_rearranges_texts_or_tells_more_is_refused(llava, monkeypatch):
+    from transformers import LlavaProcessor
+
+    plain = LlavaProcessor.__call__
+    monkeypatch.setattr(LlavaProcessor, "__call__", lambda self, *args, text, **kwargs: plain(
+        self, *args, text=[t.replace("ASSISTANT:", "") for t in text], **kwargs))
+    with pytest.raises(UserError, match="its processor rearranges texts"):
+        load_backbone("transformers", llava)
+
+    def more(self, *args, **kwargs):
+        out = plain(self, *args, **kwargs)
+        out["position_ids"] = out["input_ids"]
+        return out
+
+    monkeypatch.setattr(LlavaProcessor, "__call__", more)
+    with pytest.raises(UserError, match="it reads position_ids of its processor"):
+        load_backbone("transformers", llava)
+
+
 def test_inspect_counts_what_a_quantised_base_will_take():
     from vl_mtl_lora.inspection import inspect
 

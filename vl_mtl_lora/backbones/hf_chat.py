@@ -82,6 +82,7 @@ class HFChat(Backbone):
         if getattr(config, "use_bidirectional_attention", None) is True:
             raise UserError(f"backbone: {type(model).__name__} reads whole prompts in both directions; chat models "
                             "are supported where a token is read after those before it alone")
+        self._feature_inputs = frozenset(inspect.signature(base.get_image_features).parameters)
         self.image_id = model.config.image_token_id  # what a picture's features replace, as often as it has features
         self.text = ChatText(processor, min(max_length, config.max_position_embeddings))
         self.embed_dim = config.hidden_size
@@ -116,10 +117,6 @@ class HFChat(Backbone):
             if not torch.allclose(self.model(input_ids=ids).logits, self.logits(self._run(ids, None)), rtol=1e-2):
                 raise UserError(f"backbone: {type(self.model).__name__} changes its logits ({', '.join(named)}); that "
                                 "is not supported")
-
-    @property
-    def _feature_inputs(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self.model.base_model.get_image_features).parameters)
 
     # -- pictures and texts in ------------------------------------------------------------------------------------
 

@@ -64,10 +64,11 @@ class OpenClipDual(PrefixBackbone):
         first = out["image_intermediates_prefix"][0][:, :1] if "image_intermediates_prefix" in out else None
         if first is None or not first.shape[1]:  # no class token
             first = grid.mean(dim=1, keepdim=True)
-        tokens = prefix_tokens(first, grid, self._grid_size(images), self.prefix_grid)
+        tokens = prefix_tokens(first, grid, self._grid_size, self.prefix_grid)
         return ImageStates(unit(out["image_features"]), self.prefix(tokens))
 
-    def _grid_size(self, images: Tensor) -> tuple[int, int]:
+    @property
+    def _grid_size(self) -> tuple[int, int]:
         visual = self.model.visual
         return visual.grid_size if hasattr(visual, "grid_size") else visual.trunk.patch_embed.grid_size
 
