@@ -125,6 +125,23 @@ def test_a_chat_text_is_the_template_s_and_holds_no_smuggled_picture(llava):
     assert text.ids(["red <image> <eos> circle"]) == text.ids(["red circle"])
 
 
+def test_a_template_for_messages_of_one_text_and_none_at_all_are_followed(llava):
+    from vl_mtl_lora.backbones.hf_chat import HFChat
+
+    backbone = load_backbone("transformers", llava)
+    processor = backbone.processor
+    text = "{% for m in messages %}{{ '[' + m['content'] + ']' }}{% endfor %}"
+    for template, rendered in ((text, "[<image>\nwhat]"), (None, "<image>\nwhat\n")):
+        processor.chat_template = template
+        assert HFChat(backbone.model, processor, 100).text.render("what", 1) == rendered
+    processor.chat_template = "{{ 'nothing' }}"
+    with pytest.raises(UserError, match="shows no user's text with a picture"):
+        HFChat(backbone.model, processor, 100)
+    processor.chat_template, processor.patch_size = None, None
+    with pytest.raises(UserError, match="the LlavaProcessor of this model fails on a picture"):
+        HFChat(backbone.model, processor, 100)
+
+
 def test_a_text_too_long_loses_its_middle_and_the_template_and_the_instruction_stay(llava):
     text = load_backbone("transformers", llava, max_length=30).text
     short, long = text.prompts(["a", "green " + "red " * 60 + "describe the picture"], [5, 5])

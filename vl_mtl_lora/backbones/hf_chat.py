@@ -95,8 +95,12 @@ class HFChat(Backbone):
         """Raises UserError unless our ids and inputs for a picture and a text are those that the processor makes."""
         image = Image.new("RGB", (64, 48))
         rendered = self.text.render("what is it?", 1)
-        theirs = self.processor(images=[[image]], text=[rendered], return_tensors="pt",
-                                add_special_tokens=self.text.adds_marks(rendered))
+        try:
+            theirs = self.processor(images=[[image]], text=[rendered], return_tensors="pt",
+                                    add_special_tokens=self.text.adds_marks(rendered))
+        except Exception as error:
+            raise UserError(f"backbone: the {type(self.processor).__name__} of this model fails on a picture with a "
+                            f"text: {type(error).__name__}: {error}") from error
         pictures = self.preprocess(False)(image)
         (ours,), _ = expand(self.text.prompts(["what is it?"], [1]), self.text.image_id, pictures.tokens, [1])
         given = {"input_ids", "attention_mask", "labels", *_TYPE_INPUTS, *self._position_inputs, *self._feature_inputs}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from vl_mtl_lora.backbones.generation import pad_ids
+from vl_mtl_lora.errors import UserError
 
 _TEXT_INSTRUCTION = "Summarize the sentence in one word."
 _KEPT_END = 32  # tokens at the end of a text that is too long
@@ -18,8 +19,13 @@ class ChatText:
         self.processor, self.tokenizer, self.context_length = processor, processor.tokenizer, context_length
         self.image_token = processor.image_token
         self.image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        # What the template writes between a user's text and an answer X, and after X.
         question, answer = "QUESTION", "ANSWER"
+        self._in_parts = True
+        if not self._renders(question):  # older templates take a message as one text
+            self._in_parts = False
+            if not self._renders(question):
+                raise UserError("backbone: the model's chat template shows no user's text with a picture in it")
+        # What the template writes between a user's text and an answer X, and after X.
         opened = self.render(question, 1)
         closed = self.render(question, 1, answer)
         before, after = "", ""
@@ -38,11 +44,21 @@ class ChatText:
         text = self._harmless(text)
         if getattr(self.processor, "chat_template", None) is None:
             return self.image_token * pictures + f"\n{text}\n" + (answer or "")
-        content = [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
-        turns = [{"role": "user", "content": content}]
+        turns = [{"role": "user", "content": [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]}]
         if answer is not None:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        if not self._in_parts:
+            for turn in turns:
+                shown = [self.image_token for part in turn["content"] if part["type"] == "image"]
+                turn["content"] = "\n".join([*shown, turn["content"][-1]["text"]])
         return self.processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False)
+
+    def _renders(self, text: str) -> bool:
+        try:
+            rendered = self.render(text, 1)
+        except Exception:  # a template may fail in any way on a message that it does not expect
+            return False
+        return text in rendered and rendered.count(self.image_token) == 1
 
     def _harmless(self, text: str) -> str:
         """A text that smuggles in no picture, end of turn or other mark of the tokenizer's."""
