@@ -243,6 +243,8 @@ def test_a_prefix_is_the_class_token_or_mean_and_the_pooled_grid(load, name):
     torch.testing.assert_close(prefix[:, 0].norm(dim=-1), mean)
     if "siglip" in name:  # no class token: the mean of all patches, twice where the grid is pooled to one
         torch.testing.assert_close(tokens[:, 0], tokens[:, 1], atol=1e-5, rtol=1e-5)
+    if name == "hf_clip":  # the class token after the last norm, as the library pools it
+        torch.testing.assert_close(tokens[:, 0], backbone.model.vision_model(images).pooler_output)
     if name == "hf_siglip2":
         out = backbone.model.vision_model(**images.inputs).last_hidden_state
         sizes = images.inputs["spatial_shapes"].prod(dim=1).tolist()

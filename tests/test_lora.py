@@ -53,8 +53,17 @@ IDS = {"sorted": [0, 0, 1, 2, 2], "grouped, not ascending": [2, 2, 0, 1, 1], "mi
 @pytest.mark.parametrize("transform", ["full", "diagonal"])
 @pytest.mark.parametrize("shape", [(5, 10), (5, 4, 10), (5, 2, 3, 10)])
 def test_forward_and_gradients_equal_the_formula(ids, splits, transform, shape):
+    check_formula(torch.tensor(ids), splits, transform, shape)
+
+
+def test_long_runs_of_a_task_that_comes_twice_equal_the_formula():
+    ids = torch.tensor([1, 0, 1]).repeat_interleave(20)  # patches of three pictures side by side
+    assert len(TaskRouter(TASKS)._route(ids).runs) == 3
+    check_formula(ids, 3, "full", (60, 10))
+
+
+def check_formula(ids, splits, transform, shape):
     layer, router = make_layer(splits, transform=transform)
-    ids = torch.tensor(ids)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(*shape[:-1], 12, dtype=torch.float64)
     wanted = [x, layer.down, layer.transform, layer.up, layer.mix]
