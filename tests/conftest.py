@@ -1,6 +1,7 @@
 """A tiny CLIP of open_clip's architecture with random weights and the embedded vocabulary, and tiny shards."""
 
 import json
+import os
 import shutil
 from importlib import resources
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from vl_mtl_lora import load_backbone, parse_config, write_shards
 
 torch.set_num_threads(2)
+os.environ["HF_HUB_OFFLINE"] = "1"  # also of the processes that tests start
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 
 
