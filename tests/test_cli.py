@@ -65,7 +65,7 @@ def test_inspect_tells_what_is_adapted_without_weights_or_shards(run, config_fil
     (["train", "CONFIG", "--resume"], "nothing to resume"),
     (["train", "CONFIG", "adapter.targets=[image.mpl.in]"], "did you mean image.mlp.in"),
     (["train", "CONFIG", "backbone.name=ViT-B-32"], "backbone.pretrained is missing"),
-    (["export", "nowhere", "--task", "vqa", "--format", "peft"], "open_clip models are exported merged"),
+    (["export", "nowhere", "--task", "vqa", "--format", "peft"], "weights are written merged"),
     (["train", "CONFIG", "backbone.name=ViT-B-33"], "did you mean ViT-B-32"),
     (["evaluate", "nowhere"], "no checkpoint in nowhere"),
     (["compare", "nowhere", "--split", "tset"], "did you mean test"),

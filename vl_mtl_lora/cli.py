@@ -80,8 +80,7 @@ def export(run: Run, task: Annotated[str, typer.Option(help="the task to fold in
     from vl_mtl_lora.export import export_merged
 
     if format != "merged":
-        raise UserError(f"--format {format} is not possible: open_clip models are exported merged, since PEFT cannot "
-                        "express adapters of their fused attention")
+        raise UserError(f"--format {format} is not possible; weights are written merged")
     out = out or run / f"merged-{task}.safetensors"
     export_merged(run, task, out)
     print(f"merged weights: {out}")

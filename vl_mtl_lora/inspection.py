@@ -46,7 +46,8 @@ def tree(model: MultiTaskModel) -> Iterator[str]:
             yield f"  {_blocks(blocks):14} {role:16} {width} -> {out}"
         for name, why in summary.left_out.items():
             if name.startswith(tower + "."):
-                yield f"  not adapted    {name.removeprefix(tower + '.'):16} {why}"
+                place = name.removeprefix(tower + ".")
+                yield f"  {f'block {place}' if place.isdigit() else place:14} not adapted: {why}"
 
 
 def _blocks(numbers: list[int]) -> str:
