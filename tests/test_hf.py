@@ -57,6 +57,11 @@ def test_adapters_learn_on_a_quantised_language_model(llava, tiny_shards, tmp_pa
     assert load_run(config.out)[0].summary.layers.keys() == model.summary.layers.keys()
 
 
+def test_the_library_goes_by_two_names(llava):
+    first, second = (load_backbone(library, llava).library_state() for library in ("hf", "transformers"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_missing_package_for_quantisation_is_named(llava, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install 'vl_mtl_lora\[quantize\]'"):

@@ -74,7 +74,7 @@ def expected_memory(model: MultiTaskModel, probe: MultiTaskModel, config: RunCon
     outside = kept.pop("", 0.0)
     inputs.pop("", None)
     again = sum(inputs.values()) + max(kept.values(), default=0.0)
-    value = 2 if config.train.precision == "bf16" else next(model.backbone.model.parameters()).element_size()
+    value = 2 if config.train.precision == "bf16" else model.backbone.dtype.itemsize
     trained = _BYTES_TRAINED * sum(p.numel() for p in model.parameters() if p.requires_grad)
     activations = round(value * (outside + sum(kept.values())))
     return Memory(model.backbone.weight_bytes, trained, activations, round(value * (outside + again))), loss

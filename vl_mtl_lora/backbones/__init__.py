@@ -8,6 +8,7 @@ from vl_mtl_lora.backbones.hf import load as load_transformers
 from vl_mtl_lora.backbones.open_clip import load as load_open_clip
 from vl_mtl_lora.errors import UserError
 
+# "hf" is what many call the library.
 LOADERS = {"open_clip": load_open_clip, "transformers": load_transformers, "hf": load_transformers}
 
 

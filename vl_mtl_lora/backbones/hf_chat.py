@@ -268,14 +268,15 @@ class HFChat(Backbone):
 
     def _projectors(self, base, vision, language):
         """The linear layers between the image tower's blocks and the language model, numbered in the model's order."""
-        inside = {id(m) for m in language.modules()} | {id(m) for b in outermost_stack(vision) for m in b.modules()}
-        layers = [(name, layer) for name, layer in base.named_modules()
-                  if isinstance(layer, nn.Linear) and id(layer) not in inside
-                  and (not _within(layer, vision) or "merger" in name)]
+        blocks = {id(m) for block in outermost_stack(vision) for m in block.modules()}
+        inside = {id(m) for m in (*language.modules(), *vision.modules())}
+        # Some models keep theirs, called merger, in the image tower.
+        names = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear)
+                 and (id(layer) not in inside or "merger" in name and id(layer) not in blocks)]
         found = []
-        for number, (name, _) in enumerate(layers, 1):
+        for number, name in enumerate(names, 1):
             parent, _, attribute = name.rpartition(".")
-            role = "projector" if len(layers) == 1 else f"projector.{number}"
+            role = "projector" if len(names) == 1 else f"projector.{number}"
             found.append(Place("image", -1, role, base.get_submodule(parent), attribute, rows="image.merged"))
         return found
 
@@ -303,10 +304,6 @@ def expand(rows: Sequence[Sequence[int]], placeholder: int, pictures: Sequence[S
         expanded.append(out)
         ends.append(last)
     return expanded, ends
-
-
-def _within(layer: nn.Module, module: nn.Module) -> bool:
-    return any(layer is other for other in module.modules())
 
 
 def _per_row(sizes: Sequence[int], counts: Sequence[int]) -> list[int]:

@@ -66,10 +66,10 @@ class VQA(nn.Module):
         """Of several human answers one is drawn, so that the loss sees them as often as they were given."""
         answers = [rng.choice(s.fields["answers"]) for s in samples]
         questions = [s.fields["question"] for s in samples]
-        index = {answer: i for i, answer in enumerate(self.answer_list)}
-        labels = torch.tensor([index.get(answer, -100) for answer in answers])
         if self.answer_by == "classification":
-            return {"tokens": self.text.rows(questions), "labels": labels}
+            index = {answer: i for i, answer in enumerate(self.answer_list)}
+            return {"tokens": self.text.rows(questions),
+                    "labels": torch.tensor([index.get(answer, -100) for answer in answers])}
         if self.answer_by == "similarity":
             return self._choices(questions, answers, rng)
         return next_token_inputs(self.text, self._prompts(samples), answers)
