@@ -12,6 +12,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 EMBEDDED = [Path(str(p)) for p in (resources.files("vl_mtl_lora") / "embedded").iterdir() if p.name.endswith(".yaml")]
 # Per config: frozen parameters in millions as published, layers adapted per tower, trainable share in per cent.
 REAL = {
+    "bench_hf_clip_vit_b32": (151.3, {"image": 12 * 6 + 1, "text": 12 * 6}, 2.96),
     "clip_vit_b32": (151.3, {"image": 12 * 4 + 1, "text": 12 * 4}, 2.96),
     "clip_vit_l14": (427.6, {"image": 24 * 2 + 1, "text": 12 * 2}, 2.05),
     "siglip_vit_b16": (203.2, {"image": 12 * 4 + 5 + 1, "text": 12 * 4}, 2.75),

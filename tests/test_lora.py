@@ -56,10 +56,27 @@ def test_forward_and_gradients_equal_the_formula(ids, splits, transform, shape):
     check_formula(torch.tensor(ids), splits, transform, shape)
 
 
+# Rows of 8 tokens, rank 4: equal blocks of several rows, one row each where all is mixed, each run by itself.
+@pytest.mark.parametrize("ids", [
+    [0] * 6 + [1] * 4 + [2] * 2, [2] * 4 + [0] * 4, [1] * 8, [0, 1, 2] * 8, [0] * 5 + [2] * 3, [1, 0, 1, 2]])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("transform", ["full", "diagonal"])
+def test_blocks_and_runs_equal_the_formula(ids, splits, transform):
+    check_formula(torch.tensor(ids), splits, transform, (len(ids), 8, 10))
+
+
 def test_long_runs_of_a_task_that_comes_twice_equal_the_formula():
-    ids = torch.tensor([1, 0, 1]).repeat_interleave(20)  # patches of three pictures side by side
-    assert len(TaskRouter(TASKS)._route(ids).runs) == 3
-    check_formula(ids, 3, "full", (60, 10))
+    check_formula(torch.tensor([1, 0, 1]).repeat_interleave(20), 3, "full", (60, 10))  # patches side by side
+
+
+@pytest.mark.parametrize("target", [torch.empty(0).long(), "b"])
+def test_no_rows_give_no_gradient(target):
+    layer, router = make_layer(3)
+    x = torch.empty(0, 4, 10, dtype=torch.float64, requires_grad=True)
+    with router.use(target):
+        y = layer(x)
+    assert y.shape == (0, 4, 12)
+    assert not any(grad.any() for grad in torch.autograd.grad(y.sum(), [x, layer.up, layer.mix, layer.transform]))
 
 
 def check_formula(ids, splits, transform, shape):
@@ -90,6 +107,44 @@ def test_float32_and_noncontiguous_input():
     x = torch.randn(3, 10, 4, dtype=torch.float64).transpose(1, 2)
     with router.use(torch.tensor([2, 0, 2])), small.router.use(torch.tensor([2, 0, 2])):
         torch.testing.assert_close(small(x.float()).double(), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ids", [[0, 0, 1, 2], [1, 0, 1, 0], [0] * 4])
+def test_float32_gradients(ids):
+    layer, router = make_layer(3)
+    small = copy.deepcopy(layer).float()
+    x, ids = torch.randn(4, 8, 10, dtype=torch.float64), torch.tensor(ids)
+    with router.use(ids), small.router.use(ids):
+        layer(x).square().sum().backward()
+        small(x.float()).square().sum().backward()
+    for exact, near in zip(layer.parameters(), small.parameters()):
+        if exact.requires_grad:
+            scale = exact.grad.abs().max()
+            torch.testing.assert_close(near.grad.double() / scale, exact.grad / scale, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_asks_the_device_nothing(monkeypatch):
+    layer, router = make_layer(3)
+    x = torch.randn(4, 8, 10, dtype=torch.float64)
+    with router.use(torch.tensor([0, 0, 1, 2])):
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy"):
+            monkeypatch.setattr(torch.Tensor, name, None)
+        layer(x)
+
+
+@pytest.mark.parametrize("ids", [[0] * 4 + [1] * 4, [0, 1, 2, 0, 1, 2, 0, 1], [0] * 5 + [2] * 3])
+def test_compiled_whole_and_once_for_batches_of_the_same_quotas(ids):
+    layer, router = make_layer(3)
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    x = torch.randn(8, 4, 10, dtype=torch.float64, requires_grad=True)
+    for _ in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=True), router.use(torch.tensor(ids)), \
+                compiled.router.use(torch.tensor(ids)):
+            got, expected = compiled(x), layer(x)
+        torch.testing.assert_close(got, expected)
+        mine = torch.autograd.grad(got.square().sum(), [x, compiled.up, compiled.mix, compiled.transform])
+        wanted = torch.autograd.grad(expected.square().sum(), [x, layer.up, layer.mix, layer.transform])
+        torch.testing.assert_close(mine, wanted)
 
 
 def test_bfloat16_autocast_is_near_float32():

@@ -65,12 +65,16 @@ def test_repeat_follows_the_order_of_beams():
         assert route_of(router, "text") == 1
 
 
-def test_runs_are_found_only_where_tasks_lie_together():
-    router = TaskRouter(["a", "b", "c"])
-    with router.use(torch.tensor([2, 2, 0])):
-        assert router.route("image").runs == ((2, 0, 2), (0, 2, 3))
-    with router.use(torch.tensor([2, 0, 2])):
-        assert router.route("image").runs is None
+@pytest.mark.parametrize("ids,tokens,blocks,segments", [
+    ([2, 2, 2, 2, 0, 0, 0, 0], 50, [2, 2, 0, 0], [(0, 400, 4, 0)]),  # at least four blocks where quotas allow it
+    ([2, 0, 2], 50, [2, 0, 2], [(0, 150, 3, 0)]),
+    ([1] * 5 + [0] * 3, 2, [1, 0], [(0, 10, 1, 0), (10, 16, 1, 1)]),  # blocks of one row would be too short
+    ([0, 1] * 20, 1, [0, 1] * 20, [(0, 40, 40, 0)]), ([], 50, [], [])])
+def test_blocks_of_tokens(ids, tokens, blocks, segments):
+    route = TaskRouter(["a", "b", "c"])._route(torch.tensor(ids, dtype=torch.int64))
+    tasks, parts = route.blocks(torch.device("cpu"), len(ids), tokens, rank=8)
+    assert tasks.tolist() == blocks
+    assert [tuple(part) for part in parts] == segments
 
 
 @pytest.mark.parametrize("bad", [torch.tensor([0, 2]), torch.tensor([-1]), torch.tensor([0.0]),

@@ -96,6 +96,21 @@ def inspect(config: Config, overrides: Overrides = None):
         print(line, flush=True)
 
 
+@app.command()
+def bench(config: Config, overrides: Overrides = None,
+          rounds: Annotated[int, typer.Option(help="measurements of each arm", min=1)] = 7,
+          growth: Annotated[bool, typer.Option(help="also other numbers of tasks, ranks, up-projections")] = True,
+          out: Annotated[Path, typer.Option(help="file of the result")] = Path("bench.json")):
+    """Measures what adapters cost here, against the frozen model and PEFT. Needs no weights and no shards."""
+    from vl_mtl_lora.bench import bench as run
+    from vl_mtl_lora.bench import table, write
+    from vl_mtl_lora.config import load_config
+
+    result = run(load_config(config, overrides or []), rounds, growth)
+    write(result, out)
+    print(f"{table(result)}\n\nresult: {out}")
+
+
 def _check_split(split: str) -> None:
     if split not in ("test", "valid"):  # never a report on what was trained on
         raise UserError(f"--split: unknown split {split!r}", near=(split, ("test", "valid")))

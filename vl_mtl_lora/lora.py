@@ -13,12 +13,11 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vl_mtl_lora.backbones.base import Backbone, Place
 from vl_mtl_lora.errors import UserError
-from vl_mtl_lora.ops import routed_linear
+from vl_mtl_lora.ops import mixture, routed_linear
 from vl_mtl_lora.routing import TaskRouter
 
 TRANSFORMS = ("full", "diagonal")
@@ -123,26 +122,19 @@ class MTLLoRALinear(nn.Module):
                                f"{tuple(x.shape)}), but the router holds {route.num_rows} ids for the "
                                f"{self.tower} tower")
         low = self.dropout(x) if self.training and self.dropout.p else None
-        up = self._task_up(slice(None) if route.task is None else slice(route.task, route.task + 1))
         weight, bias = (self.base.weight, self.base.bias) if self.plain else (None, None)
-        y = routed_linear(x, weight, bias, self.down, up, route, low=low, slices=self.slices, out=self.out_features)
+        y = routed_linear(x, weight, bias, self.down, self.transform, self.up, self.mix, route, low=low,
+                          temperature=self.temperature, scale=self.scale, slices=self.slices, out=self.out_features)
         return y if self.plain else self.base(x) + y
-
-    def _task_up(self, tasks: slice) -> Tensor:
-        """(S, T, R, C): scale * Lambda_t^T sum_i softmax(w_t / tau)_i B_i^T, what a row's A x is multiplied by."""
-        with torch.autocast(self.up.device.type, enabled=False):
-            dtype = torch.promote_types(self.mix.dtype, torch.float32)  # also after model.half()
-            weights = F.softmax(self.mix[:, tasks].to(dtype) / self.temperature, dim=-1)
-            mixed = torch.einsum("stn,snro->stro", weights * self.scale, self.up.to(dtype))
-            transform = self.transform[:, tasks].to(dtype)
-            if transform.dim() == 3:
-                return transform.unsqueeze(-1) * mixed
-            return transform.transpose(-1, -2) @ mixed
 
     @torch.no_grad()
     def fold(self, task_index: int) -> tuple[Tensor, Tensor]:
         """The task's exact plain-LoRA factors A' (S, R, I) and B' (S, R, C): delta = (x A'^T) B' per slice."""
-        return self.down.detach().clone(), self._task_up(slice(task_index, task_index + 1))[:, 0].clone()
+        weights = mixture(self.mix[:, task_index], self.temperature, self.scale)
+        mixed = torch.einsum("sn,snrc->src", weights, self.up.to(weights.dtype))
+        matrix = self.transform[:, task_index].to(weights.dtype)
+        up = matrix.unsqueeze(-1) * mixed if matrix.dim() == 2 else matrix.transpose(-1, -2) @ mixed
+        return self.down.detach().clone(), up
 
     @torch.no_grad()
     def merged(self, task_index: int) -> nn.Linear:

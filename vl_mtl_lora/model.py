@@ -1,7 +1,7 @@
 """Backbone, router, adapters and task heads as one module: `forward(batch) -> losses`."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Literal
 
@@ -53,7 +53,7 @@ class MultiTaskModel(nn.Module):
         return dict(self.tasks.named_parameters())
 
 
-def build_model(config: RunConfig, dry_run: Literal["shapes", "narrow"] | None = None) -> MultiTaskModel:
+def build_model(config: RunConfig, dry_run: Literal["shapes", "narrow", "random"] | None = None) -> MultiTaskModel:
     """Loads the backbone, injects fresh adapters, and adds the tasks' heads.
 
     dry_run: look for no weights; see `load_backbone`.
@@ -73,21 +73,26 @@ def build_model(config: RunConfig, dry_run: Literal["shapes", "narrow"] | None =
     return MultiTaskModel(backbone, router, tasks, summary)
 
 
-def example_batch(model: MultiTaskModel, rows: int = 2, tasks: Sequence[str] | None = None) -> Batch:
-    """`rows` samples of each task (or of some), of noise pictures and the tasks' own example texts, for dry runs."""
+def example_batch(model: MultiTaskModel, rows: int | Mapping[str, int] = 2,
+                  tasks: Sequence[str] | None = None) -> Batch:
+    """`rows` samples of each task (or of some), of noise pictures and the tasks' own example texts, for dry runs.
+
+    rows: for all alike, or by task.
+    """
     backbone, rng = model.backbone, random.Random(0)
     transform = backbone.preprocess(False)
-    pictures, slices, inputs = [], {}, {}
     names = list(model.tasks) if tasks is None else tasks
-    for name in names:
+    counts = {name: rows if isinstance(rows, int) else rows[name] for name in names}
+    pictures, slices, inputs = [], {}, {}
+    for name, count in counts.items():
         task = model.tasks[name]
-        samples = [Sample({**task.example, "task": name, "image_id": i}, b"", f"{name}{i}", "") for i in range(rows)]
-        for i in range(rows):
+        samples = [Sample({**task.example, "task": name, "image_id": i}, b"", f"{name}{i}", "") for i in range(count)]
+        for i in range(count):
             noise = Image.effect_noise((336, 336), 60)
             pictures.append(transform(ImageOps.colorize(noise, *_COLOURS[i % len(_COLOURS)])))
-        slices[name] = slice(len(pictures) - rows, len(pictures))
+        slices[name] = slice(len(pictures) - count, len(pictures))
         inputs[name] = task.collate(samples, rng)
-    ids = model.router.ids(names).repeat_interleave(rows)
+    ids = model.router.ids(names).repeat_interleave(torch.tensor(list(counts.values())))
     batch = Batch(backbone.collate_images(pictures), ids, slices, inputs, [])
     return batch.to(backbone.device)
 

@@ -1,12 +1,13 @@
 """The routed low-rank product with its own backward: the hot path, nothing else.
 
 Shape letters: B rows, M = B x (tokens per row), I in, O out, S adapted slices of the output, C columns of a slice,
-R rank, T tasks.
+R rank, T tasks, N up-projections, K blocks of rows, each of one task.
 
-Per-task factors are folded before they touch a token, so the work per token is that of a plain LoRA: one skinny
-product with the shared `down`, one with the folded `up` of the row's task, added in place to the frozen output.
+The up-projections are mixed per block before they touch a token, so that the work per token is that of a plain LoRA
+whatever T and N are.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,101 +18,119 @@ from torch.autograd.function import once_differentiable
 from vl_mtl_lora.routing import Route
 
 
-def routed_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, down: Tensor, up: Tensor, route: Route, *,
-                  low: Tensor | None = None, slices: Sequence[int] = (0,), out: int) -> Tensor:
-    """The frozen linear layer plus each row's low-rank update.
+def mixture(mix: Tensor, temperature: float, scale: float) -> Tensor:
+    """(..., N) logits w -> scale * softmax(w / tau), in float32 or wider."""
+    return F.softmax(mix.to(torch.promote_types(mix.dtype, torch.float32)) / temperature, dim=-1) * scale
+
+
+def routed_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, down: Tensor, transform: Tensor, up: Tensor,
+                  mix: Tensor, route: Route, *, temperature: float, scale: float, low: Tensor | None = None,
+                  slices: Sequence[int] = (0,), out: int) -> Tensor:
+    """The frozen linear layer plus each row's low-rank update (arXiv 2410.09437, eq. 5 and 6).
 
     Args:
         x: (B, ..., I) input.
         weight, bias: (O, I) and (O,), frozen: no gradient is computed for them; None: the update alone.
-        down: (S, R, I), shared by all tasks.
-        up: (S, T, R, C), each task's folded factor, scale included; T = 1 where `route` is of one task.
+        down: (S, R, I), A. transform: (S, T, R, R), or (S, T, R) where diagonal, Lambda. up: (S, N, R, C), B
+            transposed. mix: (S, T, N), w.
         route: the tasks of the B rows.
+        temperature: tau. scale: alpha / r.
         low: (B, ..., I), what `down` reads instead of x (x after dropout).
         slices: which slices of C output columns are adapted. out: O.
 
     Returns:
-        (B, ..., O), x weight^T + bias + (low down^T) up[task of the row], per output slice.
+        (B, ..., O), x weight^T + bias + scale * low down^T transform_t^T sum_n softmax(mix_t / tau)_n up_n per slice,
+        where t is the task of the row. It can be differentiated once.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias, low = (None if t is None else t.to(dtype) for t in (x, weight, bias, low))
-    down, up = down.to(x.dtype), up.to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        return _RoutedLinear.apply(x, low, weight, bias, down, up, route, tuple(slices), out)
+    device = x.device
+    tasks, segments = route.blocks(device, x.shape[0], math.prod(x.shape[1:-1]), rank=down.shape[1])
+    options = tasks, segments, temperature, scale, slices, out
+    if not torch.is_autocast_enabled(device.type):
+        return _RoutedLinear.apply(x, low, weight, bias, down, transform, up, mix, *options)
+    dtype = torch.get_autocast_dtype(device.type)
+    x, weight, bias, low = (None if t is None else t.to(dtype) for t in (x, weight, bias, low))
+    with torch.autocast(device.type, enabled=False):
+        return _RoutedLinear.apply(x, low, weight, bias, down, transform, up, mix, *options)
 
 
 class _RoutedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, low, weight, bias, down, up, route, slices, out):
-        splits, rank, width = down.shape
+    def forward(ctx, x, low, weight, bias, down, transform, up, mix, tasks, segments, temperature, scale, slices, out):
         y = x.new_zeros(*x.shape[:-1], out) if weight is None else F.linear(x, weight, bias)
-        low_rows = (x if low is None else low).reshape(-1, width)  # (M, I)
-        z = low_rows @ down.reshape(splits * rank, width).T  # (M, S*R)
-        _add_up(y.view(-1, out), z, up, route, slices)
-        ctx.save_for_backward(low_rows, weight, down, up, z)
-        ctx.route, ctx.slices, ctx.shape, ctx.dropped = route, slices, x.shape, low is not None
+        splits, rank, width = down.shape
+        columns = up.shape[3]
+        rows = (x if low is None else low).reshape(-1, width)  # (M, I)
+        z = F.linear(rows, down.view(-1, width).to(x.dtype))  # (M, S*R)
+        matrix = _of_blocks(transform, tasks, x.dtype)
+        weights = mixture(mix.index_select(1, tasks), temperature, scale)  # (S, K, N)
+        factor, flat = _factor(up, weights, x.dtype), y.view(-1, out)
+        for s, place in enumerate(slices):
+            for start, stop, count, block in segments:
+                blocks = slice(s * len(tasks) + block, s * len(tasks) + block + count)
+                z_part = z[start:stop, s * rank:(s + 1) * rank].view(count, -1, rank)
+                y_part = flat[start:stop, place * columns:(place + 1) * columns].view(count, -1, columns)
+                y_part.baddbmm_(_times(z_part, matrix[blocks], transposed=True), factor[blocks])
+        ctx.save_for_backward(rows, weight, down, transform, up, weights, z, tasks)
+        ctx.options = segments, temperature, scale, slices, x.shape, low is not None, mix.shape
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        low_rows, weight, down, up, z = ctx.saved_tensors
-        need_x, need_low, *_ = ctx.needs_input_grad
-        splits, rank, width = down.shape
-        flat_down = down.reshape(splits * rank, width)
+        rows, weight, down, transform, up, weights, z, tasks = ctx.saved_tensors
+        segments, temperature, scale, slices, shape, dropped, mix_shape = ctx.options
+        (splits, rank, width), columns = down.shape, up.shape[3]
         dy = dy.reshape(-1, dy.shape[-1])
-        dz, d_up = _up_backward(dy, z, up, ctx.route, ctx.slices)
-        d_down = (dz.T @ low_rows).view_as(down)
         dx = d_low = None
-        if need_x:
-            dx = dy.new_zeros(len(dy), width) if weight is None else dy @ weight
-            if not ctx.dropped:
-                dx.addmm_(dz, flat_down)
-            dx = dx.view(ctx.shape)
-        if need_low:
-            d_low = (dz @ flat_down).view(ctx.shape)
-        return dx, d_low, None, None, d_down, d_up, None, None, None
-
-
-def _parts(up: Tensor, z: Tensor, y: Tensor, route: Route, slices: tuple[int, ...]):
-    """(adapted slice, index into T, z's part, y's part) for every slice and run of rows."""
-    _, _, rank, columns = up.shape
-    tokens = len(z) // route.num_rows if route.num_rows else len(z)
-    runs = ((0, 0, 1),) if route.task is not None else route.runs
-    for task, start, stop in runs:
-        rows = slice(start * tokens, stop * tokens)
+        if ctx.needs_input_grad[0]:  # first: the large product hides the time it takes to fetch dy
+            dx = dy.new_zeros(rows.shape) if weight is None else dy @ weight
+        factor, matrix = _factor(up, weights, dy.dtype), _of_blocks(transform, tasks, dy.dtype)
+        dz, d_matrix, d_factor = torch.empty_like(z), torch.empty_like(matrix), torch.empty_like(factor)
         for s, place in enumerate(slices):
-            yield s, task, z[rows, s * rank:(s + 1) * rank], y[rows, place * columns:(place + 1) * columns]
+            for start, stop, count, block in segments:
+                blocks = slice(s * len(tasks) + block, s * len(tasks) + block + count)
+                z_part = z[start:stop, s * rank:(s + 1) * rank].view(count, -1, rank)
+                dz_part = dz[start:stop, s * rank:(s + 1) * rank].view(count, -1, rank)
+                dy_part = dy[start:stop, place * columns:(place + 1) * columns].view(count, -1, columns)
+                matrix_part = matrix[blocks]
+                d_transformed = torch.bmm(dy_part, factor[blocks].transpose(1, 2))  # (K, L, R)
+                transformed = _times(z_part, matrix_part, transposed=True)
+                torch.bmm(transformed.transpose(1, 2), dy_part, out=d_factor[blocks])
+                d_matrix[blocks] = ((d_transformed * z_part).sum(dim=1) if matrix.dim() == 2
+                                    else torch.bmm(d_transformed.transpose(1, 2), z_part))
+                dz_part.copy_(_times(d_transformed, matrix_part, transposed=False))
+        flat_down = down.view(-1, width).to(dz.dtype)
+        if dx is not None:
+            if not dropped:
+                dx.addmm_(dz, flat_down)
+            dx = dx.view(shape)
+        if ctx.needs_input_grad[1]:
+            d_low = (dz @ flat_down).view(shape)
+        d_down = (dz.T @ rows).view_as(down).to(down.dtype)
+        d_factor = d_factor.view(splits, len(tasks), rank * columns).to(weights.dtype)  # (S, K, R*C)
+        d_up = torch.bmm(weights.transpose(1, 2), d_factor).view_as(up).to(up.dtype)
+        # Of the softmax: its gradient g becomes p (g - sum_i p_i g_i).
+        d_weights = torch.bmm(d_factor, up.flatten(2).to(weights.dtype).transpose(1, 2)).mul_(weights)
+        d_weights.addcmul_(weights, d_weights.sum(dim=2, keepdim=True), value=-1 / scale)
+        d_mix = up.new_zeros(mix_shape).index_add_(1, tasks, d_weights.to(up.dtype), alpha=1 / temperature)
+        d_matrix = d_matrix.unflatten(0, (splits, -1)).to(up.dtype)
+        d_transform = torch.zeros_like(transform).index_add_(1, tasks, d_matrix)
+        return dx, d_low, None, None, d_down, d_transform, d_up, d_mix, None, None, None, None, None, None
 
 
-def _add_up(y: Tensor, z: Tensor, up: Tensor, route: Route, slices: tuple[int, ...]) -> None:
-    """y (M, O) += z (M, S*R) times each row's factor, in place."""
-    if route.task is not None or route.runs is not None:
-        for s, task, z_part, y_part in _parts(up, z, y, route, slices):
-            y_part.addmm_(z_part, up[s, task])
-        return
-    splits, _, rank, columns = up.shape
-    ids = route.ids_on(y.device)
-    z, y = z.view(len(ids), -1, splits, rank), y.view(len(ids), -1, y.shape[-1] // columns, columns)
-    for s, place in enumerate(slices):
-        y[:, :, place] += torch.bmm(z[:, :, s], up[s].index_select(0, ids))
+def _of_blocks(transform: Tensor, tasks: Tensor, dtype: torch.dtype) -> Tensor:
+    """(S, T, R, R) or (S, T, R) -> those of the K blocks, (S*K, R, R) or (S*K, R)."""
+    return transform.index_select(1, tasks).flatten(0, 1).to(dtype)
 
 
-def _up_backward(dy: Tensor, z: Tensor, up: Tensor, route: Route, slices: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Gradients (M, S*R) of z and (S, T, R, C) of up."""
-    splits, _, rank, columns = up.shape
-    dz, d_up = torch.empty_like(z), torch.zeros_like(up)
-    if route.task is not None or route.runs is not None:
-        for s, task, dz_part, dy_part in _parts(up, dz, dy, route, slices):
-            torch.mm(dy_part, up[s, task].T, out=dz_part)
-        for s, task, z_part, dy_part in _parts(up, z, dy, route, slices):
-            d_up[s, task].addmm_(z_part.T, dy_part)  # a task may have several runs
-        return dz, d_up
-    ids = route.ids_on(dy.device)
-    dz_rows, z = dz.view(len(ids), -1, splits, rank), z.view(len(ids), -1, splits, rank)
-    dy = dy.view(len(ids), -1, dy.shape[-1] // columns, columns)
-    for s, place in enumerate(slices):
-        dz_rows[:, :, s] = torch.bmm(dy[:, :, place], up[s].index_select(0, ids).transpose(1, 2))
-        d_up[s].index_add_(0, ids, torch.bmm(z[:, :, s].transpose(1, 2), dy[:, :, place]))
-    return dz, d_up
+def _factor(up: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """(S, N, R, C) up-projections, mixed by (S, K, N) -> (S*K, R, C)."""
+    splits, count, rank, columns = up.shape
+    return torch.bmm(weights, up.view(splits, count, -1).to(weights.dtype)).view(-1, rank, columns).to(dtype)
+
+
+def _times(z: Tensor, matrix: Tensor, transposed: bool) -> Tensor:
+    """(K, L, R) times the matrix (K, R, R), or diagonal (K, R), of each block."""
+    if matrix.dim() == 2:
+        return z * matrix.unsqueeze(1)
+    return torch.bmm(z, matrix.transpose(1, 2) if transposed else matrix)

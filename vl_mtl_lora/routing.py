@@ -1,27 +1,46 @@
 """Which task each row of a batch belongs to: one `TaskRouter`, shared by reference with every adapted layer."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vl_mtl_lora.errors import UserError
 
+_MANY_RUNS = 16  # more are computed all at once, whatever their length
+_FEW_BLOCKS = 4  # or more, where possible: processor cores share them evenly
+
+
+class Segment(NamedTuple):
+    """Neighbouring tokens that are computed at once, in blocks of equal length, each of one task.
+
+    start, stop: the first token, and the one after the last. count: how many blocks. first: which block is their first.
+    """
+
+    start: int
+    stop: int
+    count: int
+    first: int
+
 
 @dataclass(frozen=True)
 class Route:
-    """The tasks of the rows (dim 0) that a layer is about to see.
+    """The tasks of the rows (dim 0) that a layer is about to see, known on the host: no layer asks the device.
 
     ids:  (B,) task ids on the CPU; None where every row, however many, is of task `task`.
-    runs: the same as (task id, first row, row after the last) where tasks' rows lie side by side, else None.
+    runs: the same as (task id, first row, row after the last), for neighbouring rows of one task.
+    block: rows per block, a number that divides every run.
     """
 
     ids: Tensor | None = None
-    runs: tuple[tuple[int, int, int], ...] | None = None
+    runs: tuple[tuple[int, int, int], ...] = ()
+    block: int = 1
     task: int | None = None
-    _on_device: dict = field(default_factory=dict, compare=False, repr=False)
+    _cached: dict = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def of_task(task: int) -> "Route":
@@ -29,26 +48,43 @@ class Route:
 
     @staticmethod
     def of_rows(ids: Tensor) -> "Route":
-        """ids (B,), any order. Known on the host, so that no layer has to ask the device."""
+        """ids (B,), any order."""
         ids = ids.detach().to("cpu", torch.int64)
         values, counts = torch.unique_consecutive(ids, return_counts=True)
-        values, counts = values.tolist(), counts.tolist()
-        runs = None
-        # Patches of a few pictures are long runs, though a task may come twice; without runs factors are gathered.
-        if len(values) == len(set(values)) or len(ids) >= 16 * len(values):
-            stops = torch.tensor(counts).cumsum(0).tolist()
-            runs = tuple((task, stop - count, stop) for task, count, stop in zip(values, counts, stops))
-        return Route(ids=ids, runs=runs)
+        stops = counts.cumsum(0)
+        runs = tuple(zip(values.tolist(), (stops - counts).tolist(), stops.tolist()))
+        block = math.gcd(*counts.tolist()) or 1
+        while block % 2 == 0 and len(ids) // block < _FEW_BLOCKS:
+            block //= 2
+        return Route(ids=ids, runs=runs, block=block)
 
     @property
     def num_rows(self) -> int | None:
         return None if self.ids is None else len(self.ids)
 
-    def ids_on(self, device: torch.device) -> Tensor:
-        """(B,) ids on a device, copied there once per route."""
-        if device not in self._on_device:
-            self._on_device[device] = self.ids.to(device, non_blocking=True)
-        return self._on_device[device]
+    def blocks(self, device: torch.device, rows: int, tokens: int, rank: int) -> tuple[Tensor, tuple[Segment, ...]]:
+        """(K,) the tasks of blocks of tokens, on the device, and the segments that the blocks make up.
+
+        All rows make one segment of equal blocks, unless these would be so short that what each costs, `rank` rows of
+        output columns, outweighs its own tokens: then each run is a segment of one block.
+
+        Args:
+            device, rows, tokens: of the input; so many tokens in each row. rank: of the adapters.
+        """
+        equal = len(self.runs) > _MANY_RUNS or self.block * tokens >= 4 * rank
+        key = device, rows * tokens, equal
+        if key not in self._cached:
+            tasks, segments = self._blocks(rows, tokens, equal) if rows * tokens else (torch.empty(0).long(), ())
+            self._cached[key] = tasks.to(device, non_blocking=True), segments
+        return self._cached[key]
+
+    def _blocks(self, rows: int, tokens: int, equal: bool) -> tuple[Tensor, tuple[Segment, ...]]:
+        if self.task is not None:
+            return torch.tensor([self.task]), (Segment(0, rows * tokens, 1, 0),)
+        if equal:
+            return self.ids[::self.block], (Segment(0, rows * tokens, rows // self.block, 0),)
+        segments = (Segment(start * tokens, stop * tokens, 1, i) for i, (_, start, stop) in enumerate(self.runs))
+        return torch.tensor([task for task, _, _ in self.runs], dtype=torch.int64), tuple(segments)
 
 
 class TaskRouter:

@@ -13,11 +13,12 @@ LOADERS = {"open_clip": load_open_clip, "transformers": load_transformers, "hf":
 
 
 def load_backbone(library: str, name: str, pretrained: str | None = None, *,
-                  dry_run: Literal["shapes", "narrow"] | None = None, **options) -> Backbone:
+                  dry_run: Literal["shapes", "narrow", "random"] | None = None, **options) -> Backbone:
     """Loads a frozen vision-language model; `options` are those of the library's own loader.
 
     dry_run: looks for no weights. "shapes": the real sizes on the meta device, which holds no values. "narrow": values
         to compute with, each layer in its place, but narrow where the real model would not fit a small machine.
+        "random": the real sizes, with random values.
 
     Raises:
         UserError: an unknown library, name, weight or option.
