@@ -135,6 +135,7 @@ def test_forward_asks_the_device_nothing(monkeypatch):
 @pytest.mark.parametrize("ids", [[0] * 4 + [1] * 4, [0, 1, 2, 0, 1, 2, 0, 1], [0] * 5 + [2] * 3])
 def test_compiled_whole_and_once_for_batches_of_the_same_quotas(ids):
     layer, router = make_layer(3)
+    torch.compiler.reset()
     compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
     x = torch.randn(8, 4, 10, dtype=torch.float64, requires_grad=True)
     for _ in range(3):

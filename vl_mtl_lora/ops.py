@@ -66,10 +66,11 @@ class _RoutedLinear(torch.autograd.Function):
         factor, flat = _factor(up, weights, x.dtype), y.view(-1, out)
         for s, place in enumerate(slices):
             for start, stop, count, block in segments:
-                blocks = slice(s * len(tasks) + block, s * len(tasks) + block + count)
-                z_part = z[start:stop, s * rank:(s + 1) * rank].view(count, -1, rank)
-                y_part = flat[start:stop, place * columns:(place + 1) * columns].view(count, -1, columns)
-                y_part.baddbmm_(_times(z_part, matrix[blocks], transposed=True), factor[blocks])
+                first = s * len(tasks) + block
+                z_part = _part(z, start, stop, s * rank, rank).view(count, -1, rank)
+                y_part = _part(flat, start, stop, place * columns, columns).view(count, -1, columns)
+                transformed = _times(z_part, _part(matrix, first, first + count), transposed=True)
+                y_part.baddbmm_(transformed, _part(factor, first, first + count))
         ctx.save_for_backward(rows, weight, down, transform, up, weights, z, tasks)
         ctx.options = segments, temperature, scale, slices, x.shape, low is not None, mix.shape
         return y
@@ -88,17 +89,20 @@ class _RoutedLinear(torch.autograd.Function):
         dz, d_matrix, d_factor = torch.empty_like(z), torch.empty_like(matrix), torch.empty_like(factor)
         for s, place in enumerate(slices):
             for start, stop, count, block in segments:
-                blocks = slice(s * len(tasks) + block, s * len(tasks) + block + count)
-                z_part = z[start:stop, s * rank:(s + 1) * rank].view(count, -1, rank)
-                dz_part = dz[start:stop, s * rank:(s + 1) * rank].view(count, -1, rank)
-                dy_part = dy[start:stop, place * columns:(place + 1) * columns].view(count, -1, columns)
-                matrix_part = matrix[blocks]
-                d_transformed = torch.bmm(dy_part, factor[blocks].transpose(1, 2))  # (K, L, R)
+                first = s * len(tasks) + block
+                blocks = first, first + count
+                z_part = _part(z, start, stop, s * rank, rank).view(count, -1, rank)
+                dy_part = _part(dy, start, stop, place * columns, columns).view(count, -1, columns)
+                matrix_part = _part(matrix, *blocks)
+                d_transformed = torch.bmm(dy_part, _part(factor, *blocks).transpose(1, 2))  # (K, L, R)
                 transformed = _times(z_part, matrix_part, transposed=True)
-                torch.bmm(transformed.transpose(1, 2), dy_part, out=d_factor[blocks])
-                d_matrix[blocks] = ((d_transformed * z_part).sum(dim=1) if matrix.dim() == 2
-                                    else torch.bmm(d_transformed.transpose(1, 2), z_part))
-                dz_part.copy_(_times(d_transformed, matrix_part, transposed=False))
+                torch.bmm(transformed.transpose(1, 2), dy_part, out=_part(d_factor, *blocks))
+                if matrix.dim() == 2:
+                    torch.sum(d_transformed * z_part, dim=1, out=_part(d_matrix, *blocks))
+                else:
+                    torch.bmm(d_transformed.transpose(1, 2), z_part, out=_part(d_matrix, *blocks))
+                _part(dz, start, stop, s * rank, rank).view(count, -1, rank).copy_(
+                    _times(d_transformed, matrix_part, transposed=False))
         flat_down = down.view(-1, width).to(dz.dtype)
         if dx is not None:
             if not dropped:
@@ -116,6 +120,13 @@ class _RoutedLinear(torch.autograd.Function):
         d_matrix = d_matrix.unflatten(0, (splits, -1)).to(up.dtype)
         d_transform = torch.zeros_like(transform).index_add_(1, tasks, d_matrix)
         return dx, d_low, None, None, d_down, d_transform, d_up, d_mix, None, None, None, None, None, None
+
+
+def _part(x: Tensor, start: int, stop: int, column: int = 0, width: int | None = None) -> Tensor:
+    """Some rows of x, and columns if a width is given; x itself where that is all, since views take time too."""
+    if stop - start < len(x):
+        x = x[start:stop]
+    return x if width is None or width == x.shape[1] else x[:, column:column + width]
 
 
 def _of_blocks(transform: Tensor, tasks: Tensor, dtype: torch.dtype) -> Tensor:
