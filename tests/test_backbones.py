@@ -192,6 +192,7 @@ def test_rows_with_several_pictures_are_those_pictures_alone(load, name):
     backbone = load(name)
     router = TaskRouter(["a", "b"])
     randomize(inject(backbone, AdapterConfig(rank=4), router))
+    backbone.double()  # deep models magnify float32's rounding
     first, second, third = pictures(backbone)
     if name == "hf_llava_onevision":
         with pytest.raises(UserError, match="give one picture per row"):
@@ -207,8 +208,8 @@ def test_rows_with_several_pictures_are_those_pictures_alone(load, name):
         with router.use("b"):
             alone = backbone.token_logits(backbone.collate_images([[first, second]]), tokens[:1])
             one = backbone.encode_image(backbone.collate_images([[first, second]]))
-    torch.testing.assert_close(mixed[0, :len(prompts[0])], alone[0, :len(prompts[0])], atol=1e-3, rtol=1e-5)
-    torch.testing.assert_close(embedded[:1], one, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mixed[0, :len(prompts[0])], alone[0, :len(prompts[0])], atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(embedded[:1], one, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", WRITERS)

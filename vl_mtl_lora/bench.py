@@ -290,7 +290,7 @@ def _peak_bytes(step: Callable[[], None], model: MultiTaskModel, device: torch.d
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it reports a missing GPU as an error
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     held = peak = 0
