@@ -72,9 +72,18 @@ def test_repeat_follows_the_order_of_beams():
     ([0, 1] * 20, 1, [0, 1] * 20, [(0, 40, 40, 0)]), ([], 50, [], [])])
 def test_blocks_of_tokens(ids, tokens, blocks, segments):
     route = TaskRouter(["a", "b", "c"])._route(torch.tensor(ids, dtype=torch.int64))
-    tasks, parts = route.blocks(torch.device("cpu"), len(ids), tokens, rank=8)
-    assert tasks.tolist() == blocks
-    assert [tuple(part) for part in parts] == segments
+    got = route.blocks(torch.device("cpu"), len(ids), tokens, rank=8)
+    assert got.tasks.tolist() == blocks
+    assert [tuple(segment) for segment in got.segments] == segments
+
+
+@pytest.mark.parametrize("rows,tokens,blocks,segments", [
+    (6, 50, [1] * 4, [(0, 300, 4, 0)]), (7, 50, [1] * 2, [(0, 350, 2, 0)]), (7, 51, [1], [(0, 357, 1, 0)]),
+    (4, 2, [1], [(0, 8, 1, 0)])])  # too short to be shared
+def test_blocks_of_one_task(rows, tokens, blocks, segments):
+    got = TaskRouter(["a", "b"])._route("b").blocks(torch.device("cpu"), rows, tokens, rank=8)
+    assert got.tasks.tolist() == blocks
+    assert [tuple(segment) for segment in got.segments] == segments
 
 
 @pytest.mark.parametrize("bad", [torch.tensor([0, 2]), torch.tensor([-1]), torch.tensor([0.0]),

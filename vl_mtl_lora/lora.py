@@ -11,14 +11,15 @@ import fnmatch
 import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from vl_mtl_lora.backbones.base import Backbone, Place
 from vl_mtl_lora.errors import UserError
-from vl_mtl_lora.ops import mixture, routed_linear
-from vl_mtl_lora.routing import TaskRouter
+from vl_mtl_lora.ops import Mixed, mixed, mixture, routed_linear
+from vl_mtl_lora.routing import Blocks, TaskRouter
 
 TRANSFORMS = ("full", "diagonal")
 ADAPTER_PARAMETERS = ("down", "transform", "up", "mix")
@@ -72,7 +73,9 @@ class MTLLoRALinear(nn.Module):
         self.base = base
         self.router = router
         self.tower = tower
+        self.peers = [self]  # those of its tower, set by inject: they compute small things for one another
         self.name = ""  # the logical name, set by inject, for messages
+        self.rank = rank
         self.scale = alpha / rank
         self.temperature = temperature
         self.dropout = nn.Dropout(dropout)
@@ -122,10 +125,27 @@ class MTLLoRALinear(nn.Module):
                                f"{tuple(x.shape)}), but the router holds {route.num_rows} ids for the "
                                f"{self.tower} tower")
         low = self.dropout(x) if self.training and self.dropout.p else None
-        weight, bias = (self.base.weight, self.base.bias) if self.plain else (None, None)
-        y = routed_linear(x, weight, bias, self.down, self.transform, self.up, self.mix, route, low=low,
-                          temperature=self.temperature, scale=self.scale, slices=self.slices, out=self.out_features)
-        return y if self.plain else self.base(x) + y
+        base = self.base
+        weight, bias = (base.weight, base.bias) if self.plain else (None, None)
+        blocks = route.blocks(x.device, x.shape[0], math.prod(x.shape[1:-1]), self.rank)
+        y = routed_linear(x, weight, bias, self.down, self.transform, self.up, self.mix, blocks, low=low,
+                          temperature=self.temperature, scale=self.scale, slices=self.slices, out=base.out_features,
+                          get_mixed=None if torch.compiler.is_compiling() else partial(self._mixed, blocks))
+        return y if self.plain else base(x) + y
+
+    def _mixed(self, blocks: Blocks) -> Mixed:
+        """What an earlier layer of this pass has computed for this one; else computes it for all that will ask."""
+        mix, transform = self.mix, self.transform
+        value, version = blocks.waiting.pop(self, (None, None))
+        if version != _version(mix, transform):
+            # Not those on another device, or sharded at the moment.
+            peers = {peer: (peer.mix, peer.transform) for peer in self.peers if type(peer.mix) is type(mix)
+                     and peer.mix.device == mix.device and peer.mix.dtype == mix.dtype}
+            mixes, transforms = zip(*peers.values())
+            values = mixed(transforms, mixes, blocks.tasks, self.temperature, self.scale)
+            blocks.waiting.update(zip(peers, zip(values, map(_version, mixes, transforms))))
+            value, _ = blocks.waiting.pop(self)
+        return value
 
     @torch.no_grad()
     def fold(self, task_index: int) -> tuple[Tensor, Tensor]:
@@ -160,6 +180,11 @@ class MTLLoRALinear(nn.Module):
     def extra_repr(self) -> str:
         _, tasks, up, rank = *self.mix.shape, self.down.shape[1]
         return f"tower={self.tower}, rank={rank}, tasks={tasks}, up={up}, slices={self.slices}"
+
+
+def _version(*tensors: Tensor) -> int:
+    """A number that changes when one of the tensors is changed in place."""
+    return 0 if tensors[0].is_inference() else sum([tensor._version for tensor in tensors])
 
 
 @dataclass(frozen=True)
@@ -255,6 +280,8 @@ def inject(backbone: Backbone, config: AdapterConfig, router: TaskRouter,
         summary.layers[place.name], summary.places[place.name] = layer, place
         summary.modules[place.tower] += 1
         summary.parameters[place.tower] += sum(p.numel() for p in adapter_parameters(layer).values())
+    for layer in summary.layers.values():
+        layer.peers = [other for other in summary.layers.values() if other.tower == layer.tower]
     return summary
 
 

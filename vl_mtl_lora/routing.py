@@ -27,6 +27,18 @@ class Segment(NamedTuple):
     first: int
 
 
+class Blocks(NamedTuple):
+    """Rows as a layer computes them.
+
+    tasks: (K,) of the blocks, on the device. segments: what the blocks make up. waiting: whatever layers have computed
+    for one another under these tasks.
+    """
+
+    tasks: Tensor
+    segments: tuple[Segment, ...]
+    waiting: dict
+
+
 @dataclass(frozen=True)
 class Route:
     """The tasks of the rows (dim 0) that a layer is about to see, known on the host: no layer asks the device.
@@ -62,25 +74,25 @@ class Route:
     def num_rows(self) -> int | None:
         return None if self.ids is None else len(self.ids)
 
-    def blocks(self, device: torch.device, rows: int, tokens: int, rank: int) -> tuple[Tensor, tuple[Segment, ...]]:
-        """(K,) the tasks of blocks of tokens, on the device, and the segments that the blocks make up.
-
-        All rows make one segment of equal blocks, unless these would be so short that what each costs, `rank` rows of
-        output columns, outweighs its own tokens: then each run is a segment of one block.
+    def blocks(self, device: torch.device, rows: int, tokens: int, rank: int) -> Blocks:
+        """Equal blocks in one segment, unless these would be so short that what each costs, `rank` rows of output
+        columns, outweighs its own tokens: then each run is a segment of one block.
 
         Args:
             device, rows, tokens: of the input; so many tokens in each row. rank: of the adapters.
         """
-        equal = len(self.runs) > _MANY_RUNS or self.block * tokens >= 4 * rank
+        length = rows * tokens // _FEW_BLOCKS if self.ids is None else self.block * tokens
+        equal = len(self.runs) > _MANY_RUNS or length >= 4 * rank
         key = device, rows * tokens, equal
         if key not in self._cached:
             tasks, segments = self._blocks(rows, tokens, equal) if rows * tokens else (torch.empty(0).long(), ())
-            self._cached[key] = tasks.to(device, non_blocking=True), segments
+            self._cached[key] = Blocks(tasks.to(device, non_blocking=True), segments, {})
         return self._cached[key]
 
     def _blocks(self, rows: int, tokens: int, equal: bool) -> tuple[Tensor, tuple[Segment, ...]]:
-        if self.task is not None:
-            return torch.tensor([self.task]), (Segment(0, rows * tokens, 1, 0),)
+        if self.ids is None:
+            count = math.gcd(rows * tokens, _FEW_BLOCKS) if equal else 1
+            return torch.full((count,), self.task), (Segment(0, rows * tokens, count, 0),)
         if equal:
             return self.ids[::self.block], (Segment(0, rows * tokens, rows // self.block, 0),)
         segments = (Segment(start * tokens, stop * tokens, 1, i) for i, (_, start, stop) in enumerate(self.runs))
