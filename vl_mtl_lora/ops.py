@@ -90,7 +90,7 @@ def _apply(*args):
 def _forward(x, low, weight, bias, down, transform, up, mix, tasks, segments, temperature, scale, slices, out,
              get_mixed):
     """-> y (B, ..., O), what `down` reads (M, I), z (M, S*R)."""
-    (splits, rank, width), columns, count = down.shape, up.shape[3], len(tasks)
+    width, columns, count = down.shape[2], up.shape[3], len(tasks)
     weights, matrix, _, _ = get_mixed() if get_mixed else mixed([transform], [mix], tasks, temperature, scale)[0]
     factor, matrix = _factor(up, weights, x.dtype), matrix.to(x.dtype)
     rows = (x if low is None else low).reshape(-1, width)
