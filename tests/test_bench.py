@@ -40,7 +40,7 @@ def test_every_arm_is_measured_and_told(config, tmp_path, monkeypatch):
     assert set(result["peak_bytes"]) == arms and result["peak_bytes"]["ours"] > result["peak_bytes"]["frozen"] > 0
     assert {what: list(values) for what, values in result["growth"].items()} == {
         "tasks": ["1", "9"], "rank": ["4"], "num_up": ["2"]}
-    assert result["rows"] == 7 and not result["left_out"]
+    assert result["rows"] == 7 and list(result["left_out"]) == ["loader"]  # there are no shards
     bench.write(result, tmp_path / "a" / "bench.json")
     assert json.loads((tmp_path / "a" / "bench.json").read_text()) == result
     text = bench.table(result)
@@ -98,6 +98,14 @@ def test_a_missing_peft_is_said(config, backbone, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(bench.UserError, match=r"pip install 'vl_mtl_lora\[bench\]'"):
         bench._peft_lora(backbone, config)
+
+
+def test_the_loader_is_measured_where_there_are_shards(tiny_config):
+    result = bench.bench(tiny_config(), rounds=1, growth=False)
+    loader = result["loader"]
+    assert loader["images_per_second"] > 0 and loader["workers"] == 0
+    assert loader["ratio"] == pytest.approx(loader["images_per_second"] / loader["bare_images_per_second"])
+    assert "loader, 0 processes" in bench.table(result)
 
 
 def test_peak_memory_is_what_was_held_at_once():

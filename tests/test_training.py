@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.test_open_clip import randomize
-from vl_mtl_lora import UserError, build_model, load_run
+from vl_mtl_lora import UserError, build_model, load_run, parse_config
 from vl_mtl_lora.checkpoint import load_checkpoint, save_checkpoint
 from vl_mtl_lora.data.stream import train_batches
 from vl_mtl_lora.evaluate import evaluate_tasks
-from vl_mtl_lora.model import check_gradients, checkpoint_blocks
+from vl_mtl_lora.lora import MTLLoRALinear
+from vl_mtl_lora.model import check_gradients, checkpoint_blocks, example_batch
+from vl_mtl_lora.routing import TaskRouter
 from vl_mtl_lora.trainer import build_optimizer, build_stream, learning_rate_factor, train
 
 
@@ -292,3 +294,64 @@ def test_zero_shot_after_training_is_zero_shot_before(tiny_config):
 def test_bf16_autocast_trains(tiny_config):
     losses = losses_of(tiny_config(steps=3, precision="bf16", checkpointing=True))
     assert all(torch.isfinite(torch.tensor(list(step.values()))).all() for step in losses.values())
+
+
+def changed(config, **sections):
+    """The configuration with other values in some sections."""
+    data = config.model_dump()
+    for name, values in sections.items():
+        data[name] = {key: {**data[name].get(key, {}), **value} if isinstance(value, dict) else value
+                      for key, value in {**data[name], **values}.items()}
+    return parse_config(data)
+
+
+def test_training_pictures_keep_twice_the_pixels_that_a_crop_of_them_needs(tiny_config):
+    config = changed(tiny_config(), tasks={"captioning": {"augment": {"scale": [0.25, 1.0]}}})
+    stream = build_stream(config, build_model(config))
+    assert [quota.side for quota in stream.quotas] == [68, 64, 128]  # 2 * 32 of 90 %, all and 25 % of the area
+
+
+def test_no_activation_is_kept_below_the_first_adapted_layer(tiny_config):
+    model = build_model(changed(tiny_config(), adapter={"targets": ["image.1.mlp.out", "text.1.mlp.out"]}))
+    kept, below = [], []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    layers = [layer for layer in model.backbone.modules() if isinstance(layer, MTLLoRALinear)]
+    assert len(layers) == 2
+    layers[0].register_forward_pre_hook(lambda *_: below.append(len(kept)))
+    with model.router.use("vqa"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.backbone.image_states(example_batch(model).images)
+    assert below == [0] and kept
+
+
+def test_a_step_asks_the_device_nothing(tiny_config, monkeypatch):
+    """Routes are made of ids that lie on the host; nothing else in a step may wait for a value."""
+    model = build_model(tiny_config())
+    batch, asked, making_a_route = example_batch(model), [], []
+    sum(model(batch).values()).backward()  # what is asked once, at the first step, is no matter
+
+    def telling(name, original):
+        def wrapped(self, *args, **kwargs):
+            if not making_a_route:
+                asked.append(name)
+            return original(self, *args, **kwargs)
+        return wrapped
+
+    def route(self, target, original=TaskRouter._route):
+        making_a_route.append(target)
+        try:
+            return original(self, target)
+        finally:
+            making_a_route.pop()
+
+    monkeypatch.setattr(TaskRouter, "_route", route)
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, telling(name, getattr(torch.Tensor, name)))
+    losses = model(batch)
+    sum(losses.values()).backward()
+    assert not asked
+    losses["vqa"].item()
+    assert asked == ["item"]

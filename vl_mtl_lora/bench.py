@@ -21,6 +21,7 @@ from tqdm import tqdm
 from vl_mtl_lora.attention import CrossAttention, SplitAttention
 from vl_mtl_lora.backbones import load_backbone
 from vl_mtl_lora.backbones.base import Backbone
+from vl_mtl_lora.bench_loader import loader_speed
 from vl_mtl_lora.config import RunConfig
 from vl_mtl_lora.data.stream import Batch
 from vl_mtl_lora.errors import UserError
@@ -33,7 +34,7 @@ GROWTH = {"tasks": (1, 3, 10, 30, 100), "rank": (8, 16, 64), "num_up": (1, 3, 10
 
 
 def bench(config: RunConfig, rounds: int = 7, growth: bool = True) -> dict:
-    """Measures a config with random weights; needs no shards.
+    """Measures a config with random weights; needs no shards, but measures the loader too where it finds them.
 
     Returns:
         ratios: to the frozen model, by arm: "ours", "peft_lora", "peft_poly" of a training step (forward and backward
@@ -41,7 +42,7 @@ def bench(config: RunConfig, rounds: int = 7, growth: bool = True) -> dict:
         pass. seconds: by arm, median, least and most. peak_bytes: the most that a training step holds beyond the
         weights. growth: ratio of "ours" to frozen for other numbers of tasks, ranks and up-projections, over both
         towers.
-        left_out: arm -> why it was not measured. device, threads, torch, rows, rounds.
+        loader: see `loader_speed`. left_out: arm -> why it was not measured. device, threads, torch, rows, rounds.
 
     Raises:
         UserError: a config that cannot be built.
@@ -75,6 +76,10 @@ def bench(config: RunConfig, rounds: int = 7, growth: bool = True) -> dict:
                           for name, v in seconds.items()},
               "left_out": left_out, "device": _device_name(device), "threads": torch.get_num_threads(),
               "torch": torch.__version__, "rows": len(batch.ids), "rounds": rounds}
+    try:
+        result["loader"] = loader_speed(config, arms["ours"], rounds)
+    except UserError as error:
+        left_out["loader"] = str(error)
     if growth:
         del arms, steps, passes
         result["growth"] = _growth(backbone, config, batch, rounds)
@@ -98,6 +103,10 @@ def table(result: dict) -> str:
         if key in seconds:
             one = seconds[key]
             lines.append(f"{label:24}{ratios[name]:10.3f}{one['median']:10.3f}{one['least']:10.3f} -{one['most']:6.3f}")
+    if "loader" in result:
+        loader = result["loader"]
+        lines += ["", f"loader, {loader['workers']} processes: {loader['images_per_second']:.0f} images/s, "
+                      f"{loader['ratio']:.2f} of decoding and resizing alone"]
     for what, values in result.get("growth", {}).items():
         lines += ["", f"{what:24}" + "".join(f"{value:>8}" for value in values),
                   f"{'ours x frozen':24}" + "".join(f"{ratio:8.3f}" for ratio in values.values())]

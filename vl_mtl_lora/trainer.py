@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from vl_mtl_lora.checkpoint import load_checkpoint, load_resume, save_checkpoint
 from vl_mtl_lora.config import RunConfig, dump_config
+from vl_mtl_lora.data.pictures import output_side
 from vl_mtl_lora.data.reader import build_source
 from vl_mtl_lora.data.stream import BatchStream, Quota, train_batches
 from vl_mtl_lora.errors import UserError
@@ -247,8 +248,11 @@ def build_stream(config: RunConfig, model: MultiTaskModel, start: int = 0) -> Ba
     for name, task in config.tasks.items():
         options = task.augment if isinstance(task.augment, dict) else {}
         transform = model.backbone.preprocess(bool(task.augment), **options)
+        # Twice what comes out: resizing by half or more hides what was left out. Of a crop, so much must be left.
+        cropped = math.sqrt(min(options.get("scale") or (0.9,))) if task.augment else 1.0
+        side = output_side(transform)
         quotas.append(Quota(build_source(name, task, "train"), task.rows, transform,
-                            copy.deepcopy(model.tasks[name]).cpu().collate))
+                            copy.deepcopy(model.tasks[name]).cpu().collate, side and math.ceil(2 * side / cropped)))
     return BatchStream(quotas, collate_images=model.backbone.collate_images, known_tasks=config.data.ignore_tasks,
                        seed=config.train.seed, shuffle=config.data.shuffle,
                        max_fault_share=config.data.max_fault_share, start=start)

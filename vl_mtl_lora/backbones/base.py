@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from vl_mtl_lora.attention import KeyValueCache
 from vl_mtl_lora.backbones.generation import generate
@@ -136,7 +137,7 @@ class Backbone(nn.Module):
     @staticmethod  # loader processes call it, and must not take the model along
     def collate_images(pictures: Sequence[Any]) -> Any:
         """Preprocessed pictures, one per row -> the batch that `image_states` takes, here (B, 3, H, W)."""
-        return torch.stack(list(pictures))
+        return default_collate(list(pictures))  # in a loader process straight into the memory shared with the main one
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Texts -> (B, L) token ids with begin and end marks, padded, as `encode_text` reads them."""

@@ -44,7 +44,7 @@ class HFDual(PrefixBackbone):
     @staticmethod
     def collate_images(pictures):
         if isinstance(pictures[0], Tensor):
-            return torch.stack(list(pictures))
+            return PrefixBackbone.collate_images(pictures)
         return Pictures.join(pictures)
 
     # -- towers ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from vl_mtl_lora.data.pictures import decode_image
 from vl_mtl_lora.data.reader import Fault, FaultLog, Source, read_samples
@@ -85,13 +85,15 @@ class Batch:
 class Quota:
     """One task's part of a batch: how many rows, from where, and how its samples become tensors.
 
-    transform: PIL image -> one picture for the backbone. collate: (samples, rng) -> tensors of the task.
+    transform: PIL image -> one picture for the backbone. collate: (samples, rng) -> tensors of the task. side: see
+    `decode_image`.
     """
 
     source: Source
     rows: int
     transform: Callable[[Image.Image], Any]
     collate: Callable[[list[Sample], random.Random], dict[str, Tensor]]
+    side: int | None = None
 
 
 class BatchStream(IterableDataset):
@@ -101,7 +103,7 @@ class BatchStream(IterableDataset):
     in the shards and are passed over.
     """
 
-    def __init__(self, quotas: Sequence[Quota], *, collate_images: Callable[[list], Any] = torch.stack,
+    def __init__(self, quotas: Sequence[Quota], *, collate_images: Callable[[list], Any] = default_collate,
                  known_tasks: Sequence[str] = (), seed: int = 0, shuffle: int = 2000, max_fault_share: float = 0.01,
                  start: int = 0):
         self.quotas, self.seed, self.shuffle, self.collate_images = list(quotas), seed, shuffle, collate_images
@@ -166,7 +168,7 @@ def _decode_rows(quota: Quota, samples: list[Sample], faults: FaultLog) -> tuple
     """Decoded rows. A picture that cannot be decoded is replaced by another of the slice: quotas stay as they are."""
     good: list[tuple[Any, Sample]] = []
     for sample in samples:
-        if (pixels := _pixels(sample, quota.transform, faults)) is not None:
+        if (pixels := _pixels(sample, quota.transform, faults, quota.side)) is not None:
             good.append((pixels, sample))
     if not good:
         raise UserError(f"no picture of a whole batch of task {quota.source.task} can be decoded: "
@@ -175,10 +177,10 @@ def _decode_rows(quota: Quota, samples: list[Sample], faults: FaultLog) -> tuple
     return [pixels for pixels, _ in good], [sample for _, sample in good]
 
 
-def _pixels(sample: Sample, transform: Callable[[Image.Image], Any], faults: FaultLog) -> Any:
+def _pixels(sample: Sample, transform: Callable[[Image.Image], Any], faults: FaultLog, side: int | None = None) -> Any:
     """The decoded, transformed image, or None and a counted fault."""
     try:
-        pixels = transform(decode_image(sample.image))
+        pixels = transform(decode_image(sample.image, side))
     except BadSample as problem:
         faults.count(sample.task, "picture", Fault(sample.shard, sample.key, str(problem)))
         return None
@@ -216,7 +218,7 @@ class EvalBatch:
 
 
 def eval_batches(source: Source, known_tasks: Sequence[str], transform: Callable[[Image.Image], Any], *, rows: int,
-                 faults: FaultLog, collate_images: Callable[[list], Any] = torch.stack,
+                 faults: FaultLog, collate_images: Callable[[list], Any] = default_collate,
                  limit: int | None = None) -> Iterator[EvalBatch]:
     """One pass over a task's samples, in order, each good one exactly once; at most `limit` of them.
 
