@@ -12,9 +12,9 @@ ORDER = ["errors", "config", "routing", "metrics.retrieval", "metrics.vqa", "met
          "backbones.generation", "backbones.base", "backbones.roles", "backbones.prefix", "backbones.open_clip_text",
          "backbones.open_clip_dual", "backbones.open_clip_coca", "backbones.open_clip", "backbones.hf_images",
          "backbones.hf_text", "backbones.hf_dual", "backbones.hf_chat_text", "backbones.hf_chat", "backbones.hf",
-         "backbones", "lora", "tasks.base", "tasks.retrieval", "tasks.vqa", "tasks.captioning", "tasks", "model",
-         "memory", "inspection", "checkpoint", "export", "evaluate", "trainer", "bench_loader", "bench", "report",
-         "compare", "quickstart", "", "cli", "__main__"]
+         "backbones", "targets", "lora", "tasks.base", "tasks.retrieval", "tasks.vqa", "tasks.captioning", "tasks",
+         "model", "memory", "inspection", "checkpoint", "export", "evaluate", "trainer", "bench_loader", "bench",
+         "report", "compare", "quickstart", "", "cli", "__main__"]
 HOMES = {"open_clip": "backbones", "timm": "backbones", "transformers": "backbones", "webdataset": "data"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

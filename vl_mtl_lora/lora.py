@@ -7,7 +7,6 @@ Formula, for a row of task t (arXiv 2410.09437, eq. 5 and 6):
 Shape letters: S adapted output slices, T tasks, N up-projections, R rank, I in, O out, C columns of a slice.
 """
 
-import fnmatch
 import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from vl_mtl_lora.backbones.base import Backbone, Place
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.ops import Mixed, mixed, mixture, routed_linear
 from vl_mtl_lora.routing import Blocks, TaskRouter
+from vl_mtl_lora.targets import matched_slices
 
 TRANSFORMS = ("full", "diagonal")
 ADAPTER_PARAMETERS = ("down", "transform", "up", "mix")
@@ -253,7 +253,7 @@ def inject(backbone: Backbone, config: AdapterConfig, router: TaskRouter,
                         f"{', '.join(twice[:3])} each stands for several; this model is not supported")
     slices: list[set[int]] = [set() for _ in places]
     for target in config.targets:
-        matched = [_matched_slices(target, place) for place in places]
+        matched = [matched_slices(target, place) for place in places]
         if not any(matched):
             names = sorted({f"{p.tower}.{p.role}" for p in places})
             raise UserError(f"adapter.targets: {target!r} matches nothing; this backbone has {', '.join(names)} "
@@ -283,38 +283,6 @@ def inject(backbone: Backbone, config: AdapterConfig, router: TaskRouter,
     for layer in summary.layers.values():
         layer.peers = [other for other in summary.layers.values() if other.tower == layer.tower]
     return summary
-
-
-def _matched_slices(target: str, place: Place) -> set[int]:
-    """Which output slices of a place a target stands for."""
-    if _matches(target, place, place.role):
-        return set(range(place.splits))
-    if place.splits != 3:
-        return set()
-    stem = place.role.removesuffix("qkv")
-    return {i for i, part in enumerate("qkv") if _matches(target, place, stem + part)}
-
-
-def _matches(target: str, place: Place, role: str) -> bool:
-    """Anchored at both ends: a pattern for one tower never leaks into another."""
-    if target == place.tower or _matches_role(target, role):
-        return True
-    tower, _, rest = target.partition(".")
-    if not fnmatch.fnmatchcase(place.tower, tower):
-        return False
-    if _matches_role(rest, role):
-        return True
-    blocks, _, pattern = rest.partition(".")
-    if place.block < 0 or not _matches_role(pattern, role):
-        return False
-    first, _, last = blocks.partition("-")
-    if first.isdigit() and (not last or last.isdigit()):
-        return int(first) <= place.block <= int(last or first)
-    return fnmatch.fnmatchcase(str(place.block), blocks)
-
-
-def _matches_role(pattern: str, role: str) -> bool:
-    return bool(pattern) and (fnmatch.fnmatchcase(role, pattern) or role.startswith(pattern + "."))
 
 
 def freeze(module: nn.Module) -> None:
