@@ -2,7 +2,10 @@
 
 import io
 import json
+import multiprocessing
+import os
 import random
+import signal
 import tarfile
 from collections import Counter
 
@@ -15,8 +18,8 @@ from tests.conftest import tiny_samples
 from vl_mtl_lora import UserError, write_shards
 from vl_mtl_lora.data.pictures import decode_image, output_side, to_rgb
 from vl_mtl_lora.data.reader import FaultLog, Source, expand_urls, read_samples
-from vl_mtl_lora.data.shards import read_jsonl
-from vl_mtl_lora.data.stream import BatchStream, Quota, eval_batches, train_batches
+from vl_mtl_lora.data.shards import checksum, read_jsonl
+from vl_mtl_lora.data.stream import BatchStream, Quota, eval_batches, loader_deaths_told, train_batches
 from vl_mtl_lora.errors import BadSample
 
 TASKS = ["retrieval", "vqa", "captioning"]
@@ -68,7 +71,7 @@ def test_written_samples_are_read_back(tmp_path):
     source = Source("vqa", "vqa", expand_urls([str(tmp_path / "x-*.tar")]))
     samples = list(read_samples(source, TASKS, FaultLog(0.0)))
     assert [s.fields["question_id"] for s in samples] == list(range(5))
-    assert decode_image(samples[1].image).getpixel((0, 0)) == (0, 255, 0)
+    assert decode_image(samples[1].images[0]).getpixel((0, 0)) == (0, 255, 0)
 
 
 def test_writing_again_leaves_no_shard_of_before(tmp_path):
@@ -96,6 +99,114 @@ def test_writing_touches_no_other_set_and_leaves_no_old_manifest(tmp_path):
         write_shards(broken, tmp_path, name="train", samples_per_shard=2)
     assert (tmp_path / "train-extra-000000.tar").exists() and (tmp_path / "train-extra.manifest.json").exists()
     assert not (tmp_path / "train.manifest.json").exists()
+
+
+def stopping(samples, before, error=KeyboardInterrupt):
+    """Samples up to number `before`, then an error."""
+    for i, sample in enumerate(samples):
+        if i == before:
+            raise error
+        yield sample
+
+
+@pytest.mark.parametrize("before", [0, 3, 9, 14])
+def test_a_write_that_broke_off_is_taken_up_again(tmp_path, before):
+    straight = write_shards(tiny_samples(5), tmp_path / "a", samples_per_shard=4)
+    write_shards(tiny_samples(6), tmp_path / "b", samples_per_shard=4)  # of an earlier write, to be replaced
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(stopping(tiny_samples(5), before), tmp_path / "b", samples_per_shard=4)
+    if before >= 4:
+        names = {p.name for p in (tmp_path / "b").iterdir()}
+        assert names == {"shard.partial.json", *(f"shard-{i:06d}.tar" for i in range(before // 4))}
+        source = Source("vqa", "vqa", expand_urls([str(tmp_path / "b" / "shard-*.tar")]))
+        with pytest.raises(UserError, match=r"shard\.partial\.json: the writing of these shards broke off"):
+            list(read_samples(source, TASKS, FaultLog()))
+    assert write_shards(tiny_samples(5), tmp_path / "b", samples_per_shard=4, resume=True) == straight
+    assert {p.name for p in (tmp_path / "b").iterdir()} == {p.name for p in (tmp_path / "a").iterdir()}
+    for shard in straight["shards"]:
+        assert checksum(tmp_path / "b" / shard["file"]) == shard["sha256"] == checksum(tmp_path / "a" / shard["file"])
+
+
+def test_only_the_same_write_is_taken_up_again(tmp_path):
+    def broken_off():
+        with pytest.raises(KeyboardInterrupt):
+            write_shards(stopping(tiny_samples(5), 9), tmp_path, samples_per_shard=4)
+
+    broken_off()
+    other = [{**sample, "image_id": 77} for sample in tiny_samples(5)]
+    for samples in (other, other[:6], list(tiny_samples(5))[:6]):
+        with pytest.raises(UserError, match="the samples are not those"):
+            write_shards(samples, tmp_path, samples_per_shard=4, resume=True)
+    with pytest.raises(UserError, match="tells of a write with"):
+        write_shards(tiny_samples(5), tmp_path, samples_per_shard=5, resume=True)
+    (tmp_path / "shard-000001.tar").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"shard-000001\.tar is gone or has changed"):
+        write_shards(tiny_samples(5), tmp_path, samples_per_shard=4, resume=True)
+    (tmp_path / "shard.partial.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        write_shards(tiny_samples(5), tmp_path, samples_per_shard=4, resume=True)
+    assert write_shards(tiny_samples(5), tmp_path, samples_per_shard=4)["samples"] == 15
+
+
+def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
+    import vl_mtl_lora.data.shards as module
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(UserError, match="cannot write shards shard into .*No space left on device"):
+        write_shards(tiny_samples(5), tmp_path, samples_per_shard=4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_samples_can_be_left_out_and_are_named(tmp_path):
+    samples = [{**vqa(i), "image": png()} for i in range(4)]
+    samples[1]["image"], samples[2]["question"] = b"no", ""
+    manifest = write_shards(samples, tmp_path, skip_broken=True)
+    assert manifest["samples"] == 2
+    assert [(s["sample"], s["key"]) for s in manifest["skipped"]] == [(1, "00000001"), (2, "00000002")]
+    assert "decoded" in manifest["skipped"][0]["reason"] and "question" in manifest["skipped"][1]["reason"]
+    with pytest.raises(UserError, match="no sample to write into y: all 2 cannot be used"):
+        write_shards(samples[1:3], tmp_path, name="y", skip_broken=True)
+
+
+@pytest.mark.parametrize("format,extension", [("JPEG", "jpg"), ("PNG", "png"), ("GIF", "png")])
+def test_large_pictures_are_stored_smaller_on_demand(tmp_path, format, extension):
+    large, small = (encode(Image.new("RGB", size, "red"), format) for size in ((80, 40), (20, 10)))
+    write_shards([{**vqa(i), "image": data} for i, data in enumerate((large, small))], tmp_path, max_side=40)
+    with tarfile.open(tmp_path / "shard-000000.tar") as tar:
+        stored = [tar.extractfile(f"0000000{i}.{extension}").read() for i in range(2)]
+    assert [decode_image(data).size for data in stored] == [(40, 20), (20, 10)]
+    assert (stored[1] == small) == (format != "GIF")
+    assert np.abs(np.asarray(decode_image(stored[0])).astype(int) - (255, 0, 0)).max() <= 3
+
+
+@pytest.mark.parametrize("text,reason", [
+    (b'{"task": "vqa", "image_id": NaN}', "NaN is no number"), (b'{"task": "vqa", "task": "vqa"}', "task occurs twice"),
+    (b"[" * 100_000, "not JSON"), (b"\xff\xfe", "not JSON"), (b"", "not JSON"), (b"[1]", "expected a JSON object"),
+    (json.dumps(vqa(question="x" * 1_000_000)).encode(), "question has 1,000,000 characters"),
+    (json.dumps(vqa(answers=["\ud800"])).encode(), "answers is no valid Unicode"),
+    (json.dumps(vqa(answers=[])).encode(), "answers is not a list"),
+    (json.dumps(vqa(image_id=True)).encode(), "image_id is not a text or integer")])
+def test_bad_json_is_a_named_fault_and_its_neighbours_are_delivered(tmp_path, text, reason):
+    write_tar(tmp_path / "a.tar", [("0.png", png()), ("0.json", vqa(0)), ("1.png", png()), ("1.json", text),
+                                   ("2.png", png()), ("2.json", vqa(2))])
+    faults = FaultLog(1.0)
+    samples = list(read_samples(Source("vqa", "vqa", (str(tmp_path / "a.tar"),)), TASKS, faults))
+    assert [s.key for s in samples] == ["0", "2"]
+    (fault,) = faults.faults
+    assert fault.key == "1" and reason in fault.reason
+
+
+def test_keys_that_lead_elsewhere_are_faults(tmp_path):
+    write_tar(tmp_path / "a.tar", [(f"{key}.{e}", d) for key in ("../x", "a/../../y", "good/z")
+                                   for e, d in (("png", png()), ("json", vqa()))])
+    faults = FaultLog(1.0)
+    samples = list(read_samples(Source("vqa", "vqa", (str(tmp_path / "a.tar"),)), TASKS, faults))
+    assert [s.key for s in samples] == ["good/z"]
+    assert [f.key for f in faults.faults] == ["../x", "a/../../y"]
+    assert all("leads out of the shard" in f.reason for f in faults.faults)
 
 
 def test_jsonl_names_the_line(tmp_path):
@@ -184,6 +295,16 @@ def test_broken_pictures_end_training_whatever_the_number_of_processes(tmp_path,
     stream = BatchStream(quotas(tmp_path / "a.tar", rows=[5], tasks=["vqa"]), max_fault_share=0.3)
     batches = take(stream, 8, workers)
     assert {f.key for b in batches for f in b.faults} == {"1"} and all(len(b.images) == 5 for b in batches)
+
+
+def test_a_loader_process_that_dies_ends_training_with_a_message(tiny_shards):
+    batches = train_batches(BatchStream(quotas(tiny_shards / "mixed-*.tar")), workers=1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="a loader process has died.*data.workers"), loader_deaths_told():
+        for _ in range(100):
+            next(batches)
 
 
 def test_a_picture_that_cannot_be_decoded_keeps_the_quota(tmp_path):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from vl_mtl_lora import UserError, parse_config
 from vl_mtl_lora.backbones.base import ImageStates
 from vl_mtl_lora.backbones.generation import score_continuations
-from vl_mtl_lora.data.shards import Sample
+from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.tasks import build_tasks
 from vl_mtl_lora.tasks.base import next_token_inputs
 from vl_mtl_lora.tasks.retrieval import contrastive_loss, sigmoid_loss
@@ -23,7 +23,7 @@ def task(backbone, kind, **options):
 
 
 def sample(**fields):
-    return Sample({"image_id": 0, **fields}, b"", "k", "s")
+    return Sample({"image_id": 0, **fields}, (), "k", "s")
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def loader_speed(config: RunConfig, model: MultiTaskModel, rounds: int) -> dict[
     """
     stream, workers = build_stream(config, model), config.data.workers
     size, count = output_side(stream.quotas[0].transform) or 336, 1 + _BATCHES * max(1, workers)
-    files = [[sample.image for sample in batch] for batch in itertools.islice(_raw_batches(stream), count)]
+    files = [[sample.images[0] for sample in batch] for batch in itertools.islice(_raw_batches(stream), count)]
     rows = len(files[0])
     ours, bare = [], []
     for _ in tqdm(range(rounds), desc="loader", unit="round", dynamic_ncols=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vl_mtl_lora.checkpoint import find_checkpoint, load_run, read_description
 from vl_mtl_lora.data.reader import FaultLog, Source, read_samples
-from vl_mtl_lora.data.shards import Sample
+from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.evaluate import Evaluation, build_sources, evaluate_task
 from vl_mtl_lora.report import pick_examples, results_dict, write_report
 from vl_mtl_lora.trainer import read_log
@@ -54,5 +54,5 @@ def _pictures(samples: Sequence[Sample], source: Source) -> list[bytes]:
     wanted = {(sample.shard, sample.key) for sample in samples}
     faults = FaultLog(1.0, quiet=True)  # told when the samples were evaluated
     again = read_samples(source, [source.task], faults, list(shards))
-    found = {(s.shard, s.key): s.image for s in again if (s.shard, s.key) in wanted}
+    found = {(s.shard, s.key): s.images[0] for s in again if (s.shard, s.key) in wanted}
     return [found[sample.shard, sample.key] for sample in samples]

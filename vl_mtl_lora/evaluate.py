@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from vl_mtl_lora.config import RunConfig
 from vl_mtl_lora.data.reader import FaultLog, Source, build_source
-from vl_mtl_lora.data.shards import Sample
+from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.data.stream import eval_batches
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.model import MultiTaskModel
@@ -49,7 +49,7 @@ def evaluate_task(model: MultiTaskModel, name: str, source: Source, *, zero_shot
                 states = backbone.image_states(batch.images.to(backbone.device))
                 states = states.rows(batch.image_rows.to(backbone.device))
                 predictions += task.predict(backbone, states, batch.samples, zero_shot)
-            samples += [replace(sample, image=b"") for sample in batch.samples]  # pictures would fill the memory
+            samples += [replace(sample, images=()) for sample in batch.samples]  # pictures would fill the memory
             bar.update(len(batch.samples))
     return Evaluation(samples, predictions, task.score(predictions, samples))
 

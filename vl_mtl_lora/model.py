@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from vl_mtl_lora.backbones import load_backbone
 from vl_mtl_lora.backbones.base import Backbone
 from vl_mtl_lora.config import RunConfig
-from vl_mtl_lora.data.shards import Sample
+from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.data.stream import Batch
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.lora import AdapterConfig, AdapterSummary, adapter_parameters, inject
@@ -86,7 +86,7 @@ def example_batch(model: MultiTaskModel, rows: int | Mapping[str, int] = 2,
     pictures, slices, inputs = [], {}, {}
     for name, count in counts.items():
         task = model.tasks[name]
-        samples = [Sample({**task.example, "task": name, "image_id": i}, b"", f"{name}{i}", "") for i in range(count)]
+        samples = [Sample({**task.example, "task": name, "image_id": i}, (), f"{name}{i}", "") for i in range(count)]
         for i in range(count):
             noise = Image.effect_noise((336, 336), 60)
             pictures.append(transform(ImageOps.colorize(noise, *_COLOURS[i % len(_COLOURS)])))

@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment
 
 from vl_mtl_lora.data.pictures import decode_image
-from vl_mtl_lora.data.shards import Sample
+from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.evaluate import Evaluation
 from vl_mtl_lora.metrics.caption import TOKENIZER
 

@@ -22,7 +22,7 @@ from vl_mtl_lora.checkpoint import load_checkpoint, load_resume, save_checkpoint
 from vl_mtl_lora.config import RunConfig, dump_config
 from vl_mtl_lora.data.pictures import output_side
 from vl_mtl_lora.data.reader import build_source
-from vl_mtl_lora.data.stream import BatchStream, Quota, train_batches
+from vl_mtl_lora.data.stream import BatchStream, Quota, loader_deaths_told, train_batches
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.evaluate import evaluate_tasks, primary_score
 from vl_mtl_lora.model import MultiTaskModel, build_model, checkpoint_blocks
@@ -77,7 +77,7 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
 
     meter = Meter()
     model.train()
-    with Journal(out, after=step) as journal, _interrupts() as interrupted, \
+    with loader_deaths_told(), Journal(out, after=step) as journal, _interrupts() as interrupted, \
             tqdm(total=section.steps, initial=step, desc="train", unit="step", dynamic_ncols=True) as bar:
         while step < section.steps:
             for _ in range(section.accumulate):

@@ -15,7 +15,8 @@ import braceexpand
 import webdataset as wds
 
 from vl_mtl_lora.config import TaskSection
-from vl_mtl_lora.data.shards import IMAGE_EXTENSIONS, Sample, check_fields
+from vl_mtl_lora.data.schema import IMAGE_EXTENSIONS, Sample, check_fields, check_key, parse_fields
+from vl_mtl_lora.data.shards import partial_file
 from vl_mtl_lora.errors import BadSample, UserError
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,7 @@ def _read_shard(url, source, known_tasks, faults):
     members = wds.tariterators.tar_file_expander(members, handler=stop, select_files=_wanted, eof_value=None)
     for record in _grouped(_until_broken(members, problems), count):
         try:
+            check_key(record["__key__"])
             fields = _fields(record, source, known_tasks)
         except BadSample as problem:
             count("record", record["__key__"], str(problem))
@@ -168,7 +170,7 @@ def _read_shard(url, source, known_tasks, faults):
             count("sample", record["__key__"], str(problem))
             continue
         count("sample")
-        yield Sample(fields, image, record["__key__"], url)
+        yield Sample(fields, (image,), record["__key__"], url)
     for error in problems:
         count("record", "", f"the shard cannot be read on: {type(error).__name__}: {error}")
 
@@ -213,10 +215,7 @@ def _fields(record: dict, source: Source, known_tasks: Sequence[str]) -> dict:
     if source.format == "tagged":
         if "json" not in record:
             raise BadSample("no member .json")
-        try:
-            fields = json.loads(record["json"])
-        except (ValueError, RecursionError) as error:
-            raise BadSample(f"member .json is not JSON: {error}") from error
+        fields = parse_fields(record["json"])
         check_fields(fields, None)
         if fields["task"] not in known_tasks:
             raise BadSample(f"unknown task {fields['task']!r}; known are {', '.join(known_tasks)}")
@@ -232,7 +231,11 @@ def _fields(record: dict, source: Source, known_tasks: Sequence[str]) -> dict:
 def _may_hold(url: str, source: Source, known_tasks: Sequence[str]) -> bool:
     """False where the manifest that `write_shards` left beside the shard lists other known tasks only."""
     path = Path(url)
-    manifest = path.with_name(path.name.rpartition("-")[0] + ".manifest.json")
+    name = path.name.rpartition("-")[0]
+    if (partial := partial_file(path.parent, name)).is_file():
+        raise UserError(f"{partial}: the writing of these shards broke off or goes on: finish it with --resume, or "
+                        "remove that file to use what is there")
+    manifest = path.with_name(f"{name}.manifest.json")
     if source.format != "tagged" or not manifest.is_file():
         return True
     try:

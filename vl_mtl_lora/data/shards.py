@@ -1,17 +1,15 @@
-"""The sample schema, its validation, and writing shards with a manifest.
+"""Writing samples into webdataset shards with a manifest. A sample becomes KEY.png (jpg, webp) and KEY.json.
 
-A sample is one image file and one JSON object with `task`, `image_id` and, by task, `captions` (retrieval,
-captioning) or `question`, `answers`, `question_id` (vqa). In a shard it is KEY.png (jpg, webp) and KEY.json.
+No half shard is ever left under a shard's name, and a write that broke off can be taken up again.
 """
 
+import hashlib
 import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,162 +17,253 @@ import webdataset as wds
 from PIL import Image
 
 from vl_mtl_lora.data.pictures import decode_image
+from vl_mtl_lora.data.schema import check_fields, parse_fields
 from vl_mtl_lora.errors import BadSample, UserError
 
 IMAGE_TYPES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-KIND_FIELDS = {"retrieval": ("captions",), "captioning": ("captions",), "vqa": ("question", "answers", "question_id")}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample, its image still encoded.
-
-    fields: the JSON object. image: the bytes of the image file. key, shard: where it came from.
-    """
-
-    fields: Mapping[str, Any]
-    image: bytes
-    key: str
-    shard: str
-
-    @property
-    def task(self) -> str:
-        return self.fields["task"]
-
-    @property
-    def image_id(self) -> str:
-        return str(self.fields["image_id"])
-
-
-def check_fields(fields: Any, kind: str | None) -> None:
-    """Raises BadSample unless `fields` is a sample of the given task kind (None: only what all kinds share)."""
-    if not isinstance(fields, dict):
-        raise BadSample(f"expected a JSON object, got {type(fields).__name__}")
-    if not isinstance(fields.get("task"), str) or not fields["task"]:
-        raise BadSample("field task is missing or no text")
-    _require(fields, "image_id", lambda v: isinstance(v, (str, int)) and not isinstance(v, bool), "a text or integer")
-    for name in KIND_FIELDS.get(kind, ()):
-        if name in ("captions", "answers"):
-            _require(fields, name, lambda v: isinstance(v, list) and v and all(isinstance(t, str) and t.strip()
-                                                                              for t in v), "a list of texts")
-        elif name == "question":
-            _require(fields, name, lambda v: isinstance(v, str) and bool(v.strip()), "a text")
-        else:
-            _require(fields, name, lambda v: isinstance(v, (str, int)) and not isinstance(v, bool),
-                     "a text or integer")
-
-
-def _require(fields: dict, name: str, valid, wanted: str) -> None:
-    if name not in fields:
-        raise BadSample(f"field {name} is missing")
-    if not valid(fields[name]):
-        raise BadSample(f"field {name} is not {wanted}: {str(fields[name])[:60]!r}")
 
 
 def write_shards(samples: Iterable[Mapping[str, Any]], out_dir: str | Path, *, name: str = "shard",
-                 samples_per_shard: int = 2000, source: str = "", licence: str = "") -> dict:
+                 samples_per_shard: int = 2000, source: str = "", licence: str = "", max_side: int | None = None,
+                 skip_broken: bool = False, resume: bool = False) -> dict:
     """Writes samples to OUT_DIR/NAME-000000.tar ... and OUT_DIR/NAME.manifest.json; returns the manifest.
 
     Args:
-        samples: objects of the schema plus `image`: a path, the bytes of an image file, or a PIL image (stored as
-            PNG). `key` is optional.
+        samples: objects of the schema (see data/schema.py) plus `image`: a path (also one inside a zip file), the bytes
+            of an image file, or a PIL image (stored as PNG). `key` is optional.
         samples_per_shard: the most samples in one shard.
         source, licence: where the data comes from, for the manifest.
+        max_side: larger pictures are scaled down to so many pixels; None: files are stored as they are.
+        skip_broken: leave out samples that cannot be used, and name them in the manifest.
+        resume: go on with a write of the same samples that broke off.
 
-    A shard gets its name only when it is whole. Shards of an earlier write under the same name are replaced.
+    A shard gets its name only when it is whole. Shards of an earlier write under the same name are replaced. Until the
+    manifest is there, OUT_DIR/NAME.partial.json tells that something is missing.
 
     Raises:
-        UserError: a sample that does not fit the schema, or an image that cannot be read; names the sample.
+        UserError: a sample that does not fit the schema, an image that cannot be read (names the sample), a file that
+            cannot be written, a write to resume that was of other samples.
     """
     if samples_per_shard < 1:
         raise UserError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    shards: list[dict] = []
-    batch: list[dict] = []
-    keys: set[str] = set()
+    settings = {"samples_per_shard": samples_per_shard, "max_side": max_side}
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        writer = _Writer(out_dir, name, settings, resume)
+        pictures = _Pictures(max_side)
+        batch: list[dict] = []
+        for index, sample in enumerate(samples):
+            key = str(sample.get("key", f"{index:08d}"))
+            if not writer.is_new(index, sample, key):
+                continue
+            try:
+                batch.append(_record(sample, key, pictures))
+            except BadSample as problem:
+                if not skip_broken:
+                    raise UserError(f"sample {index} ({key}): {problem}") from problem
+                writer.skipped.append({"sample": index, "key": key, "reason": str(problem)})
+            if len(batch) == samples_per_shard:
+                writer.write(batch)
+                batch = []
+        writer.check_resumed()
+        if batch:
+            writer.write(batch)
+        return writer.finish(source, licence)
+    except OSError as error:
+        raise UserError(f"cannot write shards {name} into {out_dir}: {error}") from error
 
-    manifest_file = out_dir / f"{name}.manifest.json"
 
-    def flush():
-        manifest_file.unlink(missing_ok=True)  # an old one would tell of shards that are being replaced
-        file = out_dir / f"{name}-{len(shards):06d}.tar"
-        temporary = file.with_suffix(".tar.part")
+class _Writer:
+    """Whole shards, and what is known of them, on disk."""
+
+    def __init__(self, out_dir: Path, name: str, settings: dict, resume: bool):
+        self.out_dir, self.name, self.settings = out_dir, name, settings
+        self.manifest_file, self.partial_file = out_dir / f"{name}.manifest.json", partial_file(out_dir, name)
+        self.shards: list[dict] = []
+        self.skipped: list[dict] = []
+        self.keys: set[str] = set()
+        self.seen, self.digest = 0, hashlib.sha256()  # of the samples that came in
+        self.resumed_at, self.resumed_digest = 0, self.digest.hexdigest()
+        if resume and self.partial_file.is_file():
+            self._take_up()
+
+    def _take_up(self) -> None:
         try:
+            partial = json.loads(self.partial_file.read_text(encoding="utf-8"))
+            self.shards, self.skipped = partial["shards"], partial["skipped"]
+            self.resumed_at, self.resumed_digest = partial["seen"], partial["digest"]
+            settings = partial["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.partial_file} is damaged: write the shards anew, without resume") from error
+        if settings != self.settings:
+            raise UserError(f"{self.partial_file} tells of a write with {settings}, this one has {self.settings}")
+        for shard in self.shards:
+            file = self.out_dir / shard["file"]
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                raise UserError(f"{file} is gone or has changed since the write broke off: write anew, without resume")
+
+    def is_new(self, index: int, sample: Mapping, key: str) -> bool:
+        """Whether a sample is still to be written. Raises UserError for a key twice, and for other samples than before.
+
+        Samples already there are compared by their fields; their pictures are not read again.
+        """
+        if key in self.keys:
+            raise UserError(f"sample {index}: key {key!r} occurs twice")
+        if index == self.resumed_at:
+            self.check_resumed()
+        self.keys.add(key)
+        fields = {name: value for name, value in sample.items() if name != "image"}
+        self.digest.update(json.dumps(fields, sort_keys=True, default=str).encode() + b"\n")
+        self.seen += 1
+        return index >= self.resumed_at
+
+    def check_resumed(self) -> None:
+        if self.resumed_at and (self.seen < self.resumed_at or self.seen == self.resumed_at
+                                and self.digest.hexdigest() != self.resumed_digest):
+            raise UserError(f"the samples are not those that {self.partial_file} tells of: write anew, without resume")
+
+    def write(self, records: list[dict]) -> None:
+        file = self.out_dir / f"{self.name}-{len(self.shards):06d}.tar"
+        with _whole(file) as temporary:
             with open(temporary, "wb") as stream:
                 with wds.TarWriter(stream, encoder=False, mtime=0) as tar:
-                    for record in batch:
+                    for record in records:
                         tar.write(record)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
-        counts = Counter(json.loads(record["json"])["task"] for record in batch)
-        shards.append({"file": file.name, "samples": len(batch), "tasks": dict(sorted(counts.items()))})
-        batch.clear()
+            if not self.shards:
+                self._start()
+        counts = Counter(json.loads(record["json"])["task"] for record in records)
+        self.shards.append({"file": file.name, "samples": len(records), "tasks": dict(sorted(counts.items())),
+                            "bytes": file.stat().st_size, "sha256": checksum(file)})
+        self._note()
 
-    for index, sample in enumerate(samples):
-        record = _record(sample, index)
-        if record["__key__"] in keys:
-            raise UserError(f"sample {index}: key {record['__key__']!r} occurs twice")
-        keys.add(record["__key__"])
-        batch.append(record)
-        if len(batch) == samples_per_shard:
-            flush()
-    if batch:
-        flush()
-    for old in out_dir.iterdir():
-        if re.fullmatch(re.escape(name) + r"-\d{6}\.tar", old.name) and old.name not in {s["file"] for s in shards}:
-            old.unlink()
-    tasks = Counter()
-    for shard in shards:
-        tasks.update(shard["tasks"])
-    manifest = {"name": name, "samples": sum(tasks.values()), "tasks": dict(sorted(tasks.items())), "shards": shards,
-                "source": source, "licence": licence}
-    manifest_file.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return manifest
+    def _start(self) -> None:
+        """From here on nothing of an earlier write may pass for a part of this one."""
+        self._note()
+        self.manifest_file.unlink(missing_ok=True)
+        for old in self.out_dir.iterdir():
+            if re.fullmatch(re.escape(self.name) + r"-\d{6}\.tar", old.name):
+                old.unlink()
+
+    def _note(self) -> None:
+        _write_json(self.partial_file, {"seen": self.seen, "digest": self.digest.hexdigest(), "shards": self.shards,
+                                        "settings": self.settings, "skipped": self.skipped})
+
+    def finish(self, source: str, licence: str) -> dict:
+        if not self.shards:
+            raise UserError(f"there is no sample to write into {self.name}" + (
+                f": all {len(self.skipped)} cannot be used, the first since {self.skipped[0]['reason']}"
+                if self.skipped else ""))
+        tasks = Counter()
+        for shard in self.shards:
+            tasks.update(shard["tasks"])
+        manifest = {"name": self.name, "samples": sum(tasks.values()), "tasks": dict(sorted(tasks.items())),
+                    "source": source, "licence": licence, "shards": self.shards, "skipped": self.skipped}
+        _write_json(self.manifest_file, manifest)
+        self.partial_file.unlink()
+        return manifest
 
 
-def _record(sample: Mapping[str, Any], index: int) -> dict[str, Any]:
+class _whole:
+    """A temporary path that gets the file's name when all went well, and is removed otherwise."""
+
+    def __init__(self, file: Path):
+        self.file, self.temporary = file, file.with_name(file.name + ".part")
+
+    def __enter__(self) -> Path:
+        return self.temporary
+
+    def __exit__(self, error, *_) -> None:
+        if error is None:
+            os.replace(self.temporary, self.file)
+        self.temporary.unlink(missing_ok=True)
+
+
+def _write_json(file: Path, data: dict) -> None:
+    with _whole(file) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def partial_file(folder: Path, name: str) -> Path:
+    """The file that lies beside the shards NAME-* as long as some of them are missing."""
+    return folder / f"{name}.partial.json"
+
+
+def checksum(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _record(sample: Mapping[str, Any], key: str, stored: Callable[[Any], tuple[bytes, str]]) -> dict[str, Any]:
     fields = {k: v for k, v in sample.items() if k not in ("image", "key")}
-    key = str(sample.get("key", f"{index:08d}"))
+    if not key or any(c in key for c in "./\\") or key.strip() != key:
+        raise BadSample(f"key {key!r} may not be empty or hold . / \\ or outer spaces")
+    # The tag may be any name; what it must carry is known for the built-in kinds.
+    check_fields(fields, fields.get("task") if isinstance(fields.get("task"), str) else None)
+    if "image" not in sample:
+        raise BadSample("field image is missing")
+    data, extension = stored(sample["image"])
     try:
-        # The tag may be any name; what it must carry is known for the built-in kinds.
-        check_fields(fields, fields.get("task") if isinstance(fields, dict) else None)
-        if "image" not in sample:
-            raise BadSample("field image is missing")
-        if not key or any(c in key for c in "./\\") or key.strip() != key:
-            raise BadSample(f"key {key!r} may not be empty or hold . / \\ or outer spaces")
-        data, extension = _image_bytes(sample["image"])
-    except BadSample as problem:
-        raise UserError(f"sample {index} ({key}): {problem}") from problem
-    return {"__key__": key, extension: data, "json": json.dumps(fields, ensure_ascii=False).encode()}
+        text = json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError) as error:
+        raise BadSample(f"fields cannot be written as JSON: {error}") from error
+    parse_fields(text)
+    return {"__key__": key, extension: data, "json": text}
 
 
-def _image_bytes(image) -> tuple[bytes, str]:
+class _Pictures:
+    """Pictures -> (bytes of an image file, its extension); the last is kept, since samples of one follow each other."""
+
+    def __init__(self, max_side: int | None):
+        self.max_side = max_side
+        self._last: tuple[str, tuple[bytes, str]] | None = None
+
+    def __call__(self, image: Any) -> tuple[bytes, str]:
+        if isinstance(image, str):
+            image = Path(image)
+        if not hasattr(image, "read_bytes"):  # a path, or a file inside a zip
+            return image_file(image, self.max_side)
+        name = str(image)
+        if self._last is None or self._last[0] != name:
+            self._last = name, image_file(image, self.max_side)
+        return self._last[1]
+
+
+def image_file(image: Any, max_side: int | None = None) -> tuple[bytes, str]:
+    """A picture -> (bytes of an image file, its extension). Raises BadSample where it cannot be read."""
     if isinstance(image, Image.Image):
+        if max_side and max(image.size) > max_side:
+            image = image.copy()
+            image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
         stream = io.BytesIO()
         image.save(stream, "PNG")
         return stream.getvalue(), "png"
-    if isinstance(image, (str, os.PathLike)):
+    if hasattr(image, "read_bytes"):
         try:
-            return _read_image(os.fspath(image), os.stat(image).st_mtime_ns)
-        except OSError as error:
+            image = image.read_bytes()
+        except (OSError, KeyError) as error:
             raise BadSample(f"image cannot be read: {error}") from error
     if not isinstance(image, bytes):
         raise BadSample(f"image must be a path, bytes or a PIL image, got {type(image).__name__}")
-    decode_image(image)  # a broken picture is refused here, not in a training run
+    picture = decode_image(image)  # a broken picture is refused here, not in a training run
     kind = Image.open(io.BytesIO(image)).format
-    if kind in IMAGE_TYPES:
+    if max_side and max(picture.size) > max_side:
+        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        if kind == "JPEG":
+            stream = io.BytesIO()
+            picture.save(stream, "JPEG", quality=95)
+            return stream.getvalue(), "jpg"
+    elif kind in IMAGE_TYPES:
         return image, IMAGE_TYPES[kind]
-    return _image_bytes(decode_image(image))
-
-
-@lru_cache(maxsize=16)  # samples of one picture follow each other: it is read and checked once
-def _read_image(path: str, changed: int) -> tuple[bytes, str]:
-    return _image_bytes(Path(path).read_bytes())
+    return image_file(picture)
 
 
 def read_jsonl(path: str | Path) -> Iterable[dict]:
@@ -192,11 +281,9 @@ def read_jsonl(path: str | Path) -> Iterable[dict]:
         if not line.strip():
             continue
         try:
-            sample = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(sample, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, got {type(sample).__name__}")
+            sample = parse_fields(line.encode())
+        except BadSample as problem:
+            raise UserError(f"{path}:{number}: {str(problem).replace('member .json is ', '')}") from problem
         if isinstance(sample.get("image"), str):
             sample["image"] = path.parent / sample["image"]
         yield sample

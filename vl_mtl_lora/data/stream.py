@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 
 from vl_mtl_lora.data.pictures import decode_image
 from vl_mtl_lora.data.reader import Fault, FaultLog, Source, read_samples
-from vl_mtl_lora.data.shards import Sample
+from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.errors import BadSample, UserError
 
 
@@ -180,7 +180,7 @@ def _decode_rows(quota: Quota, samples: list[Sample], faults: FaultLog) -> tuple
 def _pixels(sample: Sample, transform: Callable[[Image.Image], Any], faults: FaultLog, side: int | None = None) -> Any:
     """The decoded, transformed image, or None and a counted fault."""
     try:
-        pixels = transform(decode_image(sample.image, side))
+        pixels = transform(decode_image(sample.images[0], side))
     except BadSample as problem:
         faults.count(sample.task, "picture", Fault(sample.shard, sample.key, str(problem)))
         return None
@@ -206,6 +206,22 @@ def train_batches(stream: BatchStream, workers: int) -> Iterator[Batch]:
         if isinstance(item, UserError):
             raise item
         yield item
+
+
+@contextmanager
+def loader_deaths_told() -> Iterator[None]:
+    """Around the use of `train_batches`: a loader process that was killed ends it with a UserError.
+
+    torch tells of it by a signal, so that the error can come up at any place in the main process, or as a connection
+    that ends while a batch is taken over.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(f"a loader process has died, perhaps for want of memory ({type(error).__name__}: {error}): set "
+                        "data.workers lower, and go on with --resume") from error
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vl_mtl_lora.backbones.base import Backbone, ImageStates, TextCodec
 from vl_mtl_lora.backbones.generation import pad_ids
-from vl_mtl_lora.data.shards import Sample
+from vl_mtl_lora.data.schema import Sample
 
 
 class Task(Protocol):
