@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import tarfile
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -118,9 +119,8 @@ def test_a_write_that_broke_off_is_taken_up_again(tmp_path, before):
     if before >= 4:
         names = {p.name for p in (tmp_path / "b").iterdir()}
         assert names == {"shard.partial.json", *(f"shard-{i:06d}.tar" for i in range(before // 4))}
-        source = Source("vqa", "vqa", expand_urls([str(tmp_path / "b" / "shard-*.tar")]))
         with pytest.raises(UserError, match=r"shard\.partial\.json: the writing of these shards broke off"):
-            list(read_samples(source, TASKS, FaultLog()))
+            expand_urls([str(tmp_path / "b" / "shard-*.tar")])
     assert write_shards(tiny_samples(5), tmp_path / "b", samples_per_shard=4, resume=True) == straight
     assert {p.name for p in (tmp_path / "b").iterdir()} == {p.name for p in (tmp_path / "a").iterdir()}
     for shard in straight["shards"]:
@@ -158,6 +158,27 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot write shards shard into .*No space left on device"):
         write_shards(tiny_samples(5), tmp_path, samples_per_shard=4)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_the_samples_is_not_taken_for_one_of_the_disk(tmp_path):
+    with pytest.raises(ConnectionError):
+        write_shards(stopping(tiny_samples(5), 2, ConnectionError), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_read_out_of_a_zip(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("good.png", png("blue"))
+        archive.writestr("bad.png", png("red"))
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[data.index(png("red")) + 40] ^= 0xFF  # the checksum tells
+    (tmp_path / "a.zip").write_bytes(data)
+    images = [zipfile.Path(tmp_path / "a.zip", name) for name in ("good.png", "bad.png", "none.png")]
+    manifest = write_shards([{**vqa(i), "image": image} for i, image in enumerate(images)], tmp_path, skip_broken=True)
+    assert [s["sample"] for s in manifest["skipped"]] == [1, 2]
+    assert "CRC" in manifest["skipped"][0]["reason"]
+    with tarfile.open(tmp_path / "shard-000000.tar") as tar:
+        assert tar.extractfile("00000000.png").read() == png("blue") and len(tar.getnames()) == 2
 
 
 def test_broken_samples_can_be_left_out_and_are_named(tmp_path):

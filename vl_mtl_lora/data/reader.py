@@ -97,7 +97,7 @@ def expand_urls(patterns: Sequence[str]) -> tuple[str, ...]:
     """Paths, globs and brace ranges ("shard-{000000..000009}.tar") -> existing files, in order.
 
     Raises:
-        UserError: a pattern that matches no file, or a shell pipe.
+        UserError: a pattern that matches no file, a shell pipe, shards whose writing broke off.
     """
     urls: list[str] = []
     for pattern in patterns:
@@ -108,6 +108,10 @@ def expand_urls(patterns: Sequence[str]) -> tuple[str, ...]:
             if not found:
                 raise UserError(f"no shard matches {path!r}")
             urls += found
+    for partial in {partial_file(Path(url).parent, Path(url).name.rpartition("-")[0]) for url in urls}:
+        if partial.is_file():
+            raise UserError(f"{partial}: the writing of these shards broke off or goes on: finish it (--resume), or "
+                            "remove that file to use what is there")
     return tuple(dict.fromkeys(urls))
 
 
@@ -231,11 +235,7 @@ def _fields(record: dict, source: Source, known_tasks: Sequence[str]) -> dict:
 def _may_hold(url: str, source: Source, known_tasks: Sequence[str]) -> bool:
     """False where the manifest that `write_shards` left beside the shard lists other known tasks only."""
     path = Path(url)
-    name = path.name.rpartition("-")[0]
-    if (partial := partial_file(path.parent, name)).is_file():
-        raise UserError(f"{partial}: the writing of these shards broke off or goes on: finish it with --resume, or "
-                        "remove that file to use what is there")
-    manifest = path.with_name(f"{name}.manifest.json")
+    manifest = path.with_name(path.name.rpartition("-")[0] + ".manifest.json")
     if source.format != "tagged" or not manifest.is_file():
         return True
     try:

@@ -8,8 +8,11 @@ import io
 import json
 import os
 import re
+import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,30 +51,30 @@ def write_shards(samples: Iterable[Mapping[str, Any]], out_dir: str | Path, *, n
         raise UserError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
     out_dir = Path(out_dir)
     settings = {"samples_per_shard": samples_per_shard, "max_side": max_side}
-    try:
+    with _disk_told(out_dir, name):
         out_dir.mkdir(parents=True, exist_ok=True)
         writer = _Writer(out_dir, name, settings, resume)
-        pictures = _Pictures(max_side)
-        batch: list[dict] = []
-        for index, sample in enumerate(samples):
-            key = str(sample.get("key", f"{index:08d}"))
-            if not writer.is_new(index, sample, key):
-                continue
-            try:
-                batch.append(_record(sample, key, pictures))
-            except BadSample as problem:
-                if not skip_broken:
-                    raise UserError(f"sample {index} ({key}): {problem}") from problem
-                writer.skipped.append({"sample": index, "key": key, "reason": str(problem)})
-            if len(batch) == samples_per_shard:
+    pictures = _Pictures(max_side)
+    batch: list[dict] = []
+    for index, sample in enumerate(samples):
+        key = str(sample.get("key", f"{index:08d}"))
+        if not writer.is_new(index, sample, key):
+            continue
+        try:
+            batch.append(_record(sample, key, pictures))
+        except BadSample as problem:
+            if not skip_broken:
+                raise UserError(f"sample {index} ({key}): {problem}") from problem
+            writer.skipped.append({"sample": index, "key": key, "reason": str(problem)})
+        if len(batch) == samples_per_shard:
+            with _disk_told(out_dir, name):
                 writer.write(batch)
-                batch = []
-        writer.check_resumed()
+            batch = []
+    writer.check_resumed()
+    with _disk_told(out_dir, name):
         if batch:
             writer.write(batch)
         return writer.finish(source, licence)
-    except OSError as error:
-        raise UserError(f"cannot write shards {name} into {out_dir}: {error}") from error
 
 
 class _Writer:
@@ -134,7 +137,7 @@ class _Writer:
                 os.fsync(stream.fileno())
             if not self.shards:
                 self._start()
-        counts = Counter(json.loads(record["json"])["task"] for record in records)
+        counts = Counter(record["__task__"] for record in records)
         self.shards.append({"file": file.name, "samples": len(records), "tasks": dict(sorted(counts.items())),
                             "bytes": file.stat().st_size, "sha256": checksum(file)})
         self._note()
@@ -166,19 +169,24 @@ class _Writer:
         return manifest
 
 
-class _whole:
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
     """A temporary path that gets the file's name when all went well, and is removed otherwise."""
+    temporary = file.with_name(file.name + ".part")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    def __init__(self, file: Path):
-        self.file, self.temporary = file, file.with_name(file.name + ".part")
 
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, error, *_) -> None:
-        if error is None:
-            os.replace(self.temporary, self.file)
-        self.temporary.unlink(missing_ok=True)
+@contextmanager
+def _disk_told(out_dir: Path, name: str) -> Iterator[None]:
+    """Around what is written alone: the samples come from files of their own."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write shards {name} into {out_dir}: {error}") from error
 
 
 def _write_json(file: Path, data: dict) -> None:
@@ -215,8 +223,7 @@ def _record(sample: Mapping[str, Any], key: str, stored: Callable[[Any], tuple[b
         text = json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, TypeError) as error:
         raise BadSample(f"fields cannot be written as JSON: {error}") from error
-    parse_fields(text)
-    return {"__key__": key, extension: data, "json": text}
+    return {"__key__": key, "__task__": fields["task"], extension: data, "json": text}
 
 
 class _Pictures:
@@ -249,7 +256,7 @@ def image_file(image: Any, max_side: int | None = None) -> tuple[bytes, str]:
     if hasattr(image, "read_bytes"):
         try:
             image = image.read_bytes()
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:  # the last three from inside a zip
             raise BadSample(f"image cannot be read: {error}") from error
     if not isinstance(image, bytes):
         raise BadSample(f"image must be a path, bytes or a PIL image, got {type(image).__name__}")
@@ -281,9 +288,9 @@ def read_jsonl(path: str | Path) -> Iterable[dict]:
         if not line.strip():
             continue
         try:
-            sample = parse_fields(line.encode())
+            sample = parse_fields(line)
         except BadSample as problem:
-            raise UserError(f"{path}:{number}: {str(problem).replace('member .json is ', '')}") from problem
+            raise UserError(f"{path}:{number}: {problem}") from problem
         if isinstance(sample.get("image"), str):
             sample["image"] = path.parent / sample["image"]
         yield sample

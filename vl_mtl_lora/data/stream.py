@@ -202,7 +202,12 @@ def train_batches(stream: BatchStream, workers: int) -> Iterator[Batch]:
     # A generator of its own: the loader must not draw from the one that dropout draws from, or resuming would shift it.
     loader = DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
                         generator=torch.Generator())
-    for item in loader:
+    items = iter(loader)
+    while True:
+        try:
+            item = next(items)
+        except (ConnectionError, EOFError) as error:  # a process was gone while its batch was being taken over
+            raise _death(error) from error
         if isinstance(item, UserError):
             raise item
         yield item
@@ -212,16 +217,19 @@ def train_batches(stream: BatchStream, workers: int) -> Iterator[Batch]:
 def loader_deaths_told() -> Iterator[None]:
     """Around the use of `train_batches`: a loader process that was killed ends it with a UserError.
 
-    torch tells of it by a signal, so that the error can come up at any place in the main process, or as a connection
-    that ends while a batch is taken over.
+    torch tells of it by a signal, so that its error can come up at any place in the main process.
     """
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
             raise
-        raise UserError(f"a loader process has died, perhaps for want of memory ({type(error).__name__}: {error}): set "
-                        "data.workers lower, and go on with --resume") from error
+        raise _death(error) from error
+
+
+def _death(error: Exception) -> UserError:
+    return UserError(f"a loader process has died, perhaps for want of memory ({type(error).__name__}: {error}): set "
+                     "data.workers lower, and go on with --resume")
 
 
 @dataclass
