@@ -14,8 +14,8 @@ ORDER = ["errors", "config", "routing", "metrics.retrieval", "metrics.vqa", "met
          "backbones.open_clip_dual", "backbones.open_clip_coca", "backbones.open_clip", "backbones.hf_images",
          "backbones.hf_text", "backbones.hf_dual", "backbones.hf_chat_text", "backbones.hf_chat", "backbones.hf",
          "backbones", "targets", "lora", "tasks.base", "tasks.retrieval", "tasks.vqa", "tasks.captioning", "tasks",
-         "model", "memory", "inspection", "checkpoint", "export", "evaluate", "trainer", "bench_loader", "bench",
-         "report", "compare", "quickstart", "", "cli", "__main__"]
+         "model", "memory", "inspection", "checkpoint", "export", "evaluate", "trainer", "bench_loader", "bench_arms",
+         "bench", "report", "compare", "quickstart", "", "cli", "__main__"]
 HOMES = {"open_clip": "backbones", "timm": "backbones", "transformers": "backbones", "webdataset": "data"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

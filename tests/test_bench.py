@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import tiny_models
-from vl_mtl_lora import bench, parse_config
+from vl_mtl_lora import UserError, bench, bench_arms, parse_config
 from vl_mtl_lora.backbones import load_backbone
 from vl_mtl_lora.lora import MTLLoRALinear, freeze
 from vl_mtl_lora.model import example_batch
@@ -48,9 +48,9 @@ def test_every_arm_is_measured_and_told(config, tmp_path, monkeypatch):
 
 
 def test_arms_share_the_frozen_weights_and_see_their_tasks(config, backbone):
-    frozen, ours = bench._frozen(backbone, config), bench._ours(backbone, config)
-    lora, poly = bench._peft_lora(backbone, config), bench._peft_poly(backbone, config)
-    merged = bench._merged(ours, config)
+    frozen, ours = bench_arms.frozen_model(backbone, config), bench_arms.our_model(backbone, config)
+    lora, poly = bench_arms.peft_lora_model(backbone, config), bench_arms.peft_poly_model(backbone, config)
+    merged = bench_arms.merged_model(ours, config)
     batch = example_batch(ours, {name: task.rows for name, task in config.tasks.items()})
     assert {name: rows.stop - rows.start for name, rows in batch.slices.items()} == {
         "retrieval": 3, "vqa": 2, "captioning": 2}
@@ -78,7 +78,7 @@ def test_arms_share_the_frozen_weights_and_see_their_tasks(config, backbone):
 
 
 def test_gradients_of_the_frozen_arm_reach_the_first_block(config, backbone):
-    frozen = bench._frozen(backbone, config)
+    frozen = bench_arms.frozen_model(backbone, config)
     inputs = []
     first = frozen.backbone.model.vision_model.encoder.layers[0]
     first.register_forward_pre_hook(lambda _, args, kwargs: inputs.append([*args, *kwargs.values()][0]),
@@ -96,8 +96,8 @@ def test_what_peft_cannot_adapt_is_said(tiny_folder):
 
 def test_a_missing_peft_is_said(config, backbone, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(bench.UserError, match=r"pip install 'vl_mtl_lora\[bench\]'"):
-        bench._peft_lora(backbone, config)
+    with pytest.raises(UserError, match=r"pip install 'vl_mtl_lora\[bench\]'"):
+        bench_arms.peft_lora_model(backbone, config)
 
 
 def test_the_loader_is_measured_where_there_are_shards(tiny_config):

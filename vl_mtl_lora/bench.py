@@ -5,7 +5,6 @@ the machine does falls on all alike. A ratio is the median over rounds of an arm
 round.
 """
 
-import copy
 import json
 import os
 import platform
@@ -15,20 +14,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from vl_mtl_lora.attention import CrossAttention, SplitAttention
 from vl_mtl_lora.backbones import load_backbone
 from vl_mtl_lora.backbones.base import Backbone
+from vl_mtl_lora.bench_arms import frozen_model, merged_model, our_model, peft_lora_model, peft_poly_model
 from vl_mtl_lora.bench_loader import loader_speed
 from vl_mtl_lora.config import RunConfig
 from vl_mtl_lora.data.stream import Batch
 from vl_mtl_lora.errors import UserError
-from vl_mtl_lora.lora import AdapterConfig, AdapterSummary, MTLLoRALinear, freeze, inject
+from vl_mtl_lora.lora import freeze
 from vl_mtl_lora.model import MultiTaskModel, example_batch
-from vl_mtl_lora.routing import TaskRouter
-from vl_mtl_lora.tasks import build_tasks, task_needs
 
 GROWTH = {"tasks": (1, 3, 10, 30, 100), "rank": (8, 16, 64), "num_up": (1, 3, 10)}
 
@@ -50,8 +46,8 @@ def bench(config: RunConfig, rounds: int = 7, growth: bool = True) -> dict:
     section, device = config.backbone, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = load_backbone(section.library, section.name, dry_run="random", **section.options).to(device)
     freeze(backbone)
-    arms, left_out = {"frozen": _frozen(backbone, config), "ours": _ours(backbone, config)}, {}
-    for name, build in (("peft_lora", _peft_lora), ("peft_poly", _peft_poly)):
+    arms, left_out = {"frozen": frozen_model(backbone, config), "ours": our_model(backbone, config)}, {}
+    for name, build in (("peft_lora", peft_lora_model), ("peft_poly", peft_poly_model)):
         try:
             arms[name] = build(backbone, config)
         except UserError as error:
@@ -63,7 +59,7 @@ def bench(config: RunConfig, rounds: int = 7, growth: bool = True) -> dict:
     ratios = {name: _ratio(values, seconds["frozen"]) for name, values in seconds.items()}
     passes = {"frozen": _inference(arms["frozen"], batch, config), "ours": _inference(arms["ours"], batch, config)}
     try:
-        passes["merged"] = _inference(_merged(arms["ours"], config), batch, config)
+        passes["merged"] = _inference(merged_model(arms["ours"], config), batch, config)
     except UserError as error:
         left_out["ours_merged"] = str(error)
     inference = _interleaved(passes, rounds, "inference")
@@ -119,100 +115,6 @@ def write(result: dict, path: Path) -> None:
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-# -- arms ---------------------------------------------------------------------------------------------------------
-
-
-def _shared_copy(module: nn.Module) -> nn.Module:
-    """A copy that holds the very same parameters."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
-
-
-def _model(backbone: Backbone, config: RunConfig, router: TaskRouter) -> MultiTaskModel:
-    return MultiTaskModel(backbone, router, build_tasks(config.tasks, backbone).to(backbone.device), AdapterSummary())
-
-
-def _frozen(backbone: Backbone, config: RunConfig) -> MultiTaskModel:
-    """No adapter, and gradients that flow through every block down to the embeddings."""
-    backbone = _shared_copy(backbone)
-
-    def require_gradient(block, args, kwargs):
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        if torch.is_grad_enabled() and not x.requires_grad:
-            x.requires_grad_()
-
-    for block in backbone.blocks():
-        block.register_forward_pre_hook(require_gradient, with_kwargs=True)
-    return _model(backbone, config, TaskRouter(list(config.tasks)))
-
-
-def _ours(backbone: Backbone, config: RunConfig, tasks: int | None = None, **changes) -> MultiTaskModel:
-    """MTL-LoRA with the config's adapters, or with changed ones; `tasks`: so many instead of the config's."""
-    names = list(config.tasks) if tasks is None else [f"task{i}" for i in range(tasks)]
-    model = _model(_shared_copy(backbone), config, TaskRouter(names))
-    settings = AdapterConfig(**{**config.adapter.model_dump(), **changes})
-    model.summary = inject(model.backbone, settings, model.router, task_needs(model.tasks))
-    with torch.no_grad():  # zeros might be multiplied faster than what training makes of them
-        for parameter in model.adapter_state().values():
-            parameter.add_(torch.randn_like(parameter), alpha=0.01)
-    return model
-
-
-def _merged(model: MultiTaskModel, config: RunConfig) -> MultiTaskModel:
-    """The first task folded into plain linear layers."""
-    backbone = _shared_copy(model.backbone)
-    for name, module in list(backbone.named_modules()):
-        if isinstance(module, MTLLoRALinear):
-            parent, _, attribute = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), attribute, module.merged(0))
-    return _model(backbone, config, model.router)
-
-
-def _peft(backbone: Backbone, config: RunConfig, settings: Callable) -> tuple[MultiTaskModel, dict[str, str]]:
-    """PEFT's adapters on the layers that ours sit on, and the tower of each by its name.
-
-    settings: (peft, names of the layers) -> PEFT's config.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError("peft is missing: pip install 'vl_mtl_lora[bench]'") from error
-    with_ours = _ours(backbone, config).backbone
-    if any(isinstance(module, SplitAttention | CrossAttention) for module in with_ours.modules()):
-        raise UserError("this model's attention is no linear layers of its own, which PEFT does not adapt rightly")
-    towers = {name: layer.tower for name, layer in with_ours.named_modules() if isinstance(layer, MTLLoRALinear)}
-    model = _model(_shared_copy(backbone), config, TaskRouter(list(config.tasks)))
-    model.backbone.express()
-    peft.inject_adapter_in_model(settings(peft, list(towers)), model.backbone)
-    return model, towers
-
-
-def _peft_lora(backbone: Backbone, config: RunConfig) -> MultiTaskModel:
-    """One LoRA for all tasks."""
-    adapter = config.adapter
-    return _peft(backbone, config, lambda peft, names: peft.LoraConfig(
-        r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=names))[0]
-
-
-def _peft_poly(backbone: Backbone, config: RunConfig) -> MultiTaskModel:
-    """Poly, the adapter of PEFT that routes rows by task; each layer is told the ids that the router holds."""
-    model, towers = _peft(backbone, config, lambda peft, names: peft.PolyConfig(
-        r=config.adapter.rank, n_tasks=len(config.tasks), n_skills=config.adapter.num_up, target_modules=names))
-
-    def telling(tower):
-        def hook(layer, args, kwargs):
-            route = model.router.route(tower)
-            ids = torch.full((len(args[0]),), route.task) if route.ids is None else route.ids
-            return args, {**kwargs, "task_ids": ids}
-        return hook
-
-    for name, tower in towers.items():
-        model.backbone.get_submodule(name).register_forward_pre_hook(telling(tower), with_kwargs=True)
-    return model
-
-
-# -- measuring ----------------------------------------------------------------------------------------------------
-
-
 def _autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, config.train.precision == "bf16")
 
@@ -257,10 +159,9 @@ def _growth(backbone: Backbone, config: RunConfig, batch: Batch, rounds: int) ->
     """Ratio to the frozen towers for each value of what might cost: arms of one kind run interleaved."""
     result = {}
     for what, values in GROWTH.items():
-        arms = {"frozen": _towers(_frozen(backbone, config), batch, config)}
+        arms = {"frozen": _towers(frozen_model(backbone, config), batch, config)}
         for value in values:
-            model = (_ours(backbone, config, tasks=value) if what == "tasks"
-                     else _ours(backbone, config, **{what: value}))
+            model = our_model(backbone, config, **{what: value})
             arms[str(value)] = _towers(model, batch, config)
         seconds = _interleaved(arms, rounds, what)
         result[what] = {name: _ratio(seconds[name], seconds["frozen"]) for name in arms if name != "frozen"}
