@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import tarfile
 import zipfile
@@ -148,16 +149,27 @@ def test_only_the_same_write_is_taken_up_again(tmp_path):
     assert write_shards(tiny_samples(5), tmp_path, samples_per_shard=4)["samples"] == 15
 
 
-def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
-    import vl_mtl_lora.data.shards as module
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module.os, "fsync", full)
-    with pytest.raises(UserError, match="cannot write shards shard into .*No space left on device"):
-        write_shards(tiny_samples(5), tmp_path, samples_per_shard=4)
+def test_a_full_disk_leaves_no_half_shard(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a shard of four samples is larger
+    try:
+        with pytest.raises(UserError, match="cannot write shards shard into .*File too large"):
+            write_shards(tiny_samples(5), tmp_path, samples_per_shard=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced, named = set(), []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.stat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda old, new: named.append((new.name, os.stat(old).st_ino in synced))
+                        or replace(old, new))
+    write_shards(tiny_samples(2), tmp_path, samples_per_shard=4)
+    assert {name for name, _ in named} == {"shard-000000.tar", "shard-000001.tar", "shard.partial.json",
+                                           "shard.manifest.json"}
+    assert all(on_disk for _, on_disk in named)
 
 
 def test_an_error_of_the_samples_is_not_taken_for_one_of_the_disk(tmp_path):
