@@ -18,7 +18,7 @@ from vl_mtl_lora.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
 SMALL = {
-    "quickstart": ["train.steps=2", "data.shuffle=20", "tasks.captioning.num_beams=1"],
+    "quickstart": ["train.steps=2", "tasks.captioning.num_beams=1"],
     "bench": ["tasks.retrieval.rows=2", "tasks.vqa.rows=1", "tasks.captioning.rows=1", "--rounds=1", "--no-growth"],
     "train": ["backbone.name=micro-clip", "backbone.pretrained=null", "train.steps=2", "data.workers=0",
               "train.precision=float32", "tasks.retrieval.rows=4", "tasks.vqa.rows=4", "tasks.captioning.rows=4"],

@@ -21,7 +21,7 @@ RESULTS = {
 def examples():
     stream = io.BytesIO()
     Image.new("RGB", (400, 300), "red").save(stream, "PNG")
-    return [Example("vqa", stream.getvalue(), "is <b>it</b> red?", "yes", ("no|never", False), ("yes", True))]
+    return [Example("vqa", (stream.getvalue(),), "is <b>it</b> red?", "yes", ("no|never", False), ("yes", True))]
 
 
 def test_text_table_is_aligned_and_plain():

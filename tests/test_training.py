@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from tests.test_open_clip import randomize
 from vl_mtl_lora import UserError, build_model, load_run, parse_config
 from vl_mtl_lora.checkpoint import load_checkpoint, save_checkpoint
+from vl_mtl_lora.data.faults import FaultLog
+from vl_mtl_lora.data.index import build_indices
 from vl_mtl_lora.data.stream import train_batches
 from vl_mtl_lora.evaluate import evaluate_tasks
 from vl_mtl_lora.lora import MTLLoRALinear
@@ -21,7 +23,7 @@ from vl_mtl_lora.trainer import build_optimizer, build_stream, learning_rate_fac
 
 def losses_of(config, resume=False):
     seen = {}
-    train(config, resume=resume, on_step=lambda step, losses: seen.update({step: losses}))
+    train(config, resume=resume, on_step=lambda step, losses, keys: seen.update({step: losses}))
     return seen
 
 
@@ -30,7 +32,7 @@ def with_steps(config, **train_section):
 
 
 def first_batch(config, model):
-    return next(train_batches(build_stream(config, model), 0))
+    return next(train_batches(build_stream(config, model, build_indices(config, "train", FaultLog())), 0))
 
 
 def total_gradients(model, batch):
@@ -41,18 +43,18 @@ def total_gradients(model, batch):
 
 
 def test_training_lowers_every_loss_and_leaves_the_base_alone(tiny_config):
-    config = tiny_config(steps=40, log_every=20)
+    config = tiny_config(steps=160, log_every=20)
     before = {n: p.clone() for n, p in build_model(config).backbone.library_state().items()}
     losses = losses_of(config)
     for task in config.tasks:
-        start, end = (sum(losses[s][task] for s in steps) / 5 for steps in (range(1, 6), range(36, 41)))
+        start, end = (sum(losses[s][task] for s in steps) / 5 for steps in (range(1, 6), range(156, 161)))
         assert end < start
     model, _ = load_run(config.out)
     after = model.backbone.library_state()
     assert all(torch.equal(p, after[n]) for n, p in before.items())
     with open(f"{config.out}/log.jsonl") as log:
         entries = [json.loads(line) for line in log]
-    assert {"loss/vqa", "lr", "grad_norm", "images_per_second", "data_wait"} <= entries[0].keys()
+    assert {"loss/vqa", "lr", "grad_norm", "samples_per_second", "data_wait", "epoch/vqa"} <= entries[0].keys()
     assert any("valid/vqa/accuracy" in entry for entry in entries)
 
 
@@ -67,7 +69,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tiny_config, tmp_p
     class Stop(Exception):
         pass
 
-    def stop(step, _):
+    def stop(step, *_):
         if step == 5:  # two steps after the last save
             raise Stop
 
@@ -105,7 +107,7 @@ def test_periodic_evaluation_is_logged_and_chooses_the_best(tiny_config):
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_config):
     config = tiny_config(steps=6)
 
-    def interrupt(step, _):
+    def interrupt(step, *_):
         if step == 2:
             signal.raise_signal(signal.SIGINT)
 
@@ -117,7 +119,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_config):
 def test_a_run_that_broke_off_before_its_first_save_starts_anew(tiny_config):
     config = tiny_config(steps=2)
 
-    def fail(step, _):
+    def fail(step, *_):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -285,10 +287,11 @@ def test_merged_weights_equal_the_routed_model(tiny_config, tiny_backbone):
 
 def test_zero_shot_after_training_is_zero_shot_before(tiny_config):
     config = tiny_config(steps=5)
-    before = evaluate_tasks(build_model(config), config, zero_shot=True)
+    test = build_indices(config, "test", FaultLog())
+    before = evaluate_tasks(build_model(config), test, zero_shot=True)
     train(config)
     model, _ = load_run(config.out)
-    assert evaluate_tasks(model, config, zero_shot=True) == before
+    assert evaluate_tasks(model, test, zero_shot=True) == before
 
 
 def test_bf16_autocast_trains(tiny_config):
@@ -307,8 +310,8 @@ def changed(config, **sections):
 
 def test_training_pictures_keep_twice_the_pixels_that_a_crop_of_them_needs(tiny_config):
     config = changed(tiny_config(), tasks={"captioning": {"augment": {"scale": [0.25, 1.0]}}})
-    stream = build_stream(config, build_model(config))
-    assert [quota.side for quota in stream.quotas] == [68, 64, 128]  # 2 * 32 of 90 %, all and 25 % of the area
+    stream = build_stream(config, build_model(config), build_indices(config, "train", FaultLog()))
+    assert [feed.side for feed in stream.feeds] == [68, 64, 128]  # 2 * 32 of 90 %, all and 25 % of the area
 
 
 def test_no_activation_is_kept_below_the_first_adapted_layer(tiny_config):

@@ -8,16 +8,17 @@ import io
 import itertools
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vl_mtl_lora.config import RunConfig
+from vl_mtl_lora.data.faults import FaultLog
+from vl_mtl_lora.data.index import build_indices
 from vl_mtl_lora.data.pictures import output_side
-from vl_mtl_lora.data.reader import FaultLog
-from vl_mtl_lora.data.stream import BatchStream, TaskStream, train_batches
+from vl_mtl_lora.data.stream import BatchStream, train_batches
 from vl_mtl_lora.model import MultiTaskModel
 from vl_mtl_lora.trainer import build_stream
 
@@ -33,25 +34,25 @@ def loader_speed(config: RunConfig, model: MultiTaskModel, rounds: int) -> dict[
     Raises:
         UserError: shards that cannot be read.
     """
-    stream, workers = build_stream(config, model), config.data.workers
-    size, count = output_side(stream.quotas[0].transform) or 336, 1 + _BATCHES * max(1, workers)
-    files = [[sample.images[0] for sample in batch] for batch in itertools.islice(_raw_batches(stream), count)]
-    rows = len(files[0])
+    faults = FaultLog(config.data.max_fault_share)
+    stream, workers = build_stream(config, model, build_indices(config, "train", faults)), config.data.workers
+    size, count = output_side(stream.feeds[0].transform) or 336, 1 + _BATCHES * max(1, workers)
+    files = [_files(stream, number) for number in range(count)]
+    images = sum(map(len, files[1:]))
     ours, bare = [], []
     for _ in tqdm(range(rounds), desc="loader", unit="round", dynamic_ncols=True):
-        ours.append(_images_per_second(itertools.islice(train_batches(stream, workers), count), rows))
+        ours.append(_images_per_second(itertools.islice(train_batches(stream, workers), count), images))
         bare.append(_images_per_second(DataLoader(_Bare(files, size), batch_size=None, num_workers=workers,
-                                                  prefetch_factor=4 if workers else None), rows))
+                                                  prefetch_factor=4 if workers else None), images))
     return {"images_per_second": statistics.median(ours), "bare_images_per_second": statistics.median(bare),
             "ratio": statistics.median(a / b for a, b in zip(ours, bare)), "workers": workers}
 
 
-def _raw_batches(stream: BatchStream) -> Iterator[list]:
-    """The samples of the stream's batches, not decoded."""
-    tasks = [(quota.rows, iter(TaskStream(quota.source, stream.known_tasks, seed=stream.seed, shuffle=stream.shuffle,
-                                          faults=FaultLog(quiet=True)))) for quota in stream.quotas]
-    while True:
-        yield [next(samples) for rows, samples in tasks for _ in range(rows)]
+def _files(stream: BatchStream, number: int) -> list[bytes]:
+    """The image files of a batch."""
+    places, _ = stream.places(number)
+    return [image for feed, rows in zip(stream.feeds, places) for epoch, row in rows
+            for image in feed.index.sample(row, epoch).images]
 
 
 class _Bare:
@@ -71,10 +72,11 @@ class _Bare:
         return index
 
 
-def _images_per_second(batches: Iterable, rows: int) -> float:
-    """From the first batch on: starting processes and filling the shuffle buffer is no speed."""
+def _images_per_second(batches: Iterable, images: int) -> float:
+    """From the first batch on, `images` in all the others: starting processes is no speed."""
     batches = iter(batches)
     next(batches)
     start = time.perf_counter()
-    count = sum(1 for _ in batches)
-    return count * rows / (time.perf_counter() - start)
+    for _ in batches:
+        pass
+    return images / (time.perf_counter() - start)

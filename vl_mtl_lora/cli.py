@@ -51,11 +51,15 @@ def evaluate(run: Run, split: Split = "test", limit: Limit = None,
              zero_shot: Annotated[bool, typer.Option("--zero-shot", help="adapters off")] = False):
     """Prints the metrics of a run, with adapters on or off."""
     from vl_mtl_lora.checkpoint import load_run
-    from vl_mtl_lora.evaluate import evaluate_tasks
+    from vl_mtl_lora.data.faults import FaultLog
+    from vl_mtl_lora.evaluate import evaluate_tasks, evaluation_indices
 
     _check_split(split)
     model, config = load_run(run)
-    for task, metrics in evaluate_tasks(model, config, split=split, zero_shot=zero_shot, limit=limit).items():
+    faults = FaultLog(config.data.max_fault_share)
+    metrics_of = evaluate_tasks(model, evaluation_indices(config, split, faults), zero_shot=zero_shot, limit=limit,
+                                rows=config.data.eval_batch, faults=faults)
+    for task, metrics in metrics_of.items():
         for name, value in metrics.items():
             print(f"{task}\t{name}\t{value:.2f}")
 

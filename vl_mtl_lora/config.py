@@ -3,7 +3,7 @@
 import re
 import string
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -37,8 +37,10 @@ class AdapterSection(_Strict):
 
 
 class _TaskSection(_Strict):
-    """What every task has. Shards are paths, globs or brace ranges; relative paths are relative to the config file."""
+    """What every task has. Shards are paths, globs, brace ranges or URLs; relative paths are relative to the config."""
 
+    least_rows: ClassVar[int] = 1  # of every batch, whatever the mixing
+    images: ClassVar[int] = 1  # of each sample
     rows: int = Field(16, ge=1)  # of every batch
     weight: float = Field(1.0, ge=0)  # of this task's loss in the sum
     train: list[str] = Field(min_length=1)
@@ -57,6 +59,7 @@ class _TaskSection(_Strict):
 
 class RetrievalSection(_TaskSection):
     kind: Literal["retrieval"] = "retrieval"
+    least_rows: ClassVar[int] = 2  # one has no negative
     rows: int = Field(32, ge=2)
     augment: bool | dict[str, Any] = True
     loss: Literal["softmax", "sigmoid"] | None = None  # CLIP's or SigLIP's; default: the base's
@@ -101,9 +104,34 @@ _KINDS = {"retrieval": RetrievalSection, "vqa": VQASection, "captioning": Captio
 TaskSection = Annotated[RetrievalSection | VQASection | CaptioningSection, Field(discriminator="kind")]
 
 
+class MixingSection(_Strict):
+    """How many rows of a batch each task gets; see `data.mixing.expected_rows`."""
+
+    by: Literal["quotas", "proportional", "temperature", "weights"] = "quotas"  # quotas: tasks.NAME.rows
+    rows: int | None = Field(None, ge=1)  # of a batch, unless by quotas; default: the sum of the quotas
+    temperature: float | None = Field(None, ge=1)
+    cap: int | None = Field(None, ge=1)  # larger tasks count as if they had so many samples
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}  # by task
+
+    @model_validator(mode="after")
+    def _fits(self):
+        of = {"rows": ("proportional", "temperature", "weights"), "temperature": ("temperature",),
+              "cap": ("temperature",), "weights": ("weights",)}
+        for name, kinds in of.items():
+            if getattr(self, name) and self.by not in kinds:
+                raise ValueError(f"{name} belongs to by: {' or '.join(kinds)}, not to by: {self.by}")
+        for name in ("temperature", "weights"):
+            if self.by == name and not getattr(self, name):
+                raise ValueError(f"by: {name} needs {name}")
+        return self
+
+
 class DataSection(_Strict):
     workers: int = Field(0, ge=0)  # loader processes; the order of samples does not depend on it
-    shuffle: int = Field(2000, ge=1)  # samples held in each task's shuffle buffer
+    mixing: MixingSection = MixingSection()
+    shuffle: int = Field(100_000, ge=1)  # samples of each window in which a task's order is shuffled
+    cache: str = "~/.cache/vl_mtl_lora"  # folder for copies of remote and of compressed shards
+    allow_pipe: bool = False  # run the shell commands of "pipe:COMMAND" shards
     max_fault_share: float = Field(0.01, ge=0, le=1)  # of a task's samples; more broken ones end the run
     ignore_tasks: list[str] = []  # tags that may occur in the shards and are passed over
     eval_batch: int = Field(64, ge=1)  # rows
@@ -144,6 +172,14 @@ class RunConfig(_Strict):
                      for name, task in tasks.items()}
             data = {**data, "tasks": tasks}
         return data
+
+    @model_validator(mode="after")
+    def _weights_fit(self):
+        weights = self.data.mixing.weights
+        if weights and weights.keys() != self.tasks.keys():
+            raise ValueError(f"data.mixing.weights names the tasks {', '.join(weights)}; expected each of "
+                             f"{', '.join(self.tasks)}")
+        return self
 
 
 class _Loader(yaml.SafeLoader):

@@ -34,13 +34,16 @@ class MultiTaskModel(nn.Module):
         self.backbone, self.router, self.tasks, self.summary = backbone, router, tasks, summary
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """One loss per task. The image tower runs once over all rows; each task reads its slice of the states."""
-        with self.router.use(image=batch.ids):
-            states = self.backbone.image_states(batch.images)
+        """One loss per task. The image tower runs once over all pictures; each task reads its slice of the states."""
+        states = None
+        if batch.images is not None:
+            with self.router.use(image=batch.ids):
+                states = self.backbone.image_states(batch.images)
         losses = {}
         for name, rows in batch.slices.items():
+            own = states.rows(rows) if rows.stop > rows.start else None  # a task of texts alone
             with self.router.use(name):
-                losses[name] = self.tasks[name].loss(self.backbone, states.rows(rows), batch.inputs[name])
+                losses[name] = self.tasks[name].loss(self.backbone, own, batch.inputs[name])
         return losses
 
     def adapter_state(self) -> dict[str, nn.Parameter]:
@@ -83,18 +86,19 @@ def example_batch(model: MultiTaskModel, rows: int | Mapping[str, int] = 2,
     transform = backbone.preprocess(False)
     names = list(model.tasks) if tasks is None else tasks
     counts = {name: rows if isinstance(rows, int) else rows[name] for name in names}
-    pictures, slices, inputs = [], {}, {}
+    pictures, ids, slices, inputs, keys = [], [], {}, {}, []
     for name, count in counts.items():
-        task = model.tasks[name]
+        task, start = model.tasks[name], len(pictures)
         samples = [Sample({**task.example, "task": name, "image_id": i}, (), f"{name}{i}", "") for i in range(count)]
-        for i in range(count):
+        for i in range(count * task.images):
             noise = Image.effect_noise((336, 336), 60)
             pictures.append(transform(ImageOps.colorize(noise, *_COLOURS[i % len(_COLOURS)])))
-        slices[name] = slice(len(pictures) - count, len(pictures))
+        slices[name] = slice(start, len(pictures))
+        ids += [model.router.index(name)] * (count * task.images)
         inputs[name] = task.collate(samples, rng)
-    ids = model.router.ids(names).repeat_interleave(torch.tensor(list(counts.values())))
-    batch = Batch(backbone.collate_images(pictures), ids, slices, inputs, [])
-    return batch.to(backbone.device)
+        keys += [sample.key for sample in samples]
+    images = backbone.collate_images(pictures) if pictures else None
+    return Batch(images, torch.tensor(ids, dtype=torch.long), slices, inputs, keys).to(backbone.device)
 
 
 def check_gradients(model: MultiTaskModel, total: Tensor | None = None) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from jinja2 import Environment
 
 from vl_mtl_lora.data.pictures import decode_image
-from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.evaluate import Evaluation
 from vl_mtl_lora.metrics.caption import TOKENIZER
 
@@ -22,23 +21,26 @@ _COLOURS = ("#2a6fbb", "#c2571a", "#3b8c4a", "#8a4fa8", "#a33", "#666")
 
 @dataclass(frozen=True)
 class Example:
-    """A test picture with what was asked, what is right, and what both arms said."""
+    """A test sample with what was asked, what is right, and what both arms said. images: the bytes of its files."""
 
     task: str
-    image: bytes
+    images: tuple[bytes, ...]
     question: str
     truth: str
     zero_shot: tuple[str, bool]
     adapted: tuple[str, bool]
 
     @property
-    def picture(self) -> str:
-        """The image as a data URL, at most 256 pixels wide and high."""
-        image = decode_image(self.image)
-        image.thumbnail((256, 256))
-        stream = io.BytesIO()
-        image.save(stream, "PNG")
-        return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    def pictures(self) -> list[str]:
+        """The images as data URLs, at most 256 pixels wide and high."""
+        urls = []
+        for data in self.images:
+            image = decode_image(data)
+            image.thumbnail((256, 256))
+            stream = io.BytesIO()
+            image.save(stream, "PNG")
+            urls.append("data:image/png;base64," + base64.b64encode(stream.getvalue()).decode())
+        return urls
 
 
 def results_dict(zero_shot: Mapping[str, Evaluation], adapted: Mapping[str, Evaluation], **about) -> dict:
@@ -49,10 +51,10 @@ def results_dict(zero_shot: Mapping[str, Evaluation], adapted: Mapping[str, Eval
 
 
 def pick_examples(tasks, zero_shot: Mapping[str, Evaluation], adapted: Mapping[str, Evaluation],
-                  pictures_of: Callable[[Sequence[Sample]], list[bytes]], count: int = _GALLERY) -> list[Example]:
+                  images_of: Callable[[str, int], tuple[bytes, ...]], count: int = _GALLERY) -> list[Example]:
     """Pictures spread evenly over each task's test samples, whatever the answers: no choice that flatters an arm.
 
-    pictures_of: fetches the image files of samples of one task, which evaluations do not keep.
+    images_of: (task, row in its index) -> the image files of a sample, which evaluations do not keep.
     """
     examples = []
     share = max(1, count // len(adapted))
@@ -61,10 +63,11 @@ def pick_examples(tasks, zero_shot: Mapping[str, Evaluation], adapted: Mapping[s
         rows = sorted({(2 * k + 1) * len(samples) // (2 * share) for k in range(share)})
         before = tasks[name].answers(zero_shot[name].predictions, samples, rows)
         after = tasks[name].answers(evaluation.predictions, samples, rows)
-        for i, picture, *said in zip(rows, pictures_of([samples[i] for i in rows]), before, after):
+        for i, *said in zip(rows, before, after):
             fields = samples[i].fields
             truth = fields.get("answers") or fields.get("captions") or []
-            examples.append(Example(name, picture, fields.get("question", ""), " / ".join(dict.fromkeys(truth)), *said))
+            examples.append(Example(name, images_of(name, evaluation.rows[i]), fields.get("question", ""),
+                                    " / ".join(dict.fromkeys(truth)), *said))
     return examples
 
 

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,9 +20,11 @@ from tqdm import tqdm
 
 from vl_mtl_lora.checkpoint import load_checkpoint, load_resume, save_checkpoint
 from vl_mtl_lora.config import RunConfig, dump_config
+from vl_mtl_lora.data.faults import FaultLog
+from vl_mtl_lora.data.index import TaskIndex, build_indices
+from vl_mtl_lora.data.mixing import expected_rows
 from vl_mtl_lora.data.pictures import output_side
-from vl_mtl_lora.data.reader import build_source
-from vl_mtl_lora.data.stream import BatchStream, Quota, loader_deaths_told, train_batches
+from vl_mtl_lora.data.stream import BatchStream, Feed, loader_deaths_told, train_batches
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.evaluate import evaluate_tasks, primary_score
 from vl_mtl_lora.model import MultiTaskModel, build_model, checkpoint_blocks
@@ -30,13 +32,15 @@ from vl_mtl_lora.model import MultiTaskModel, build_model, checkpoint_blocks
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict], None] | None = None) -> Path:
+def train(config: RunConfig, resume: bool = False,
+          on_step: Callable[[int, dict, list[str]], None] | None = None) -> Path:
     """Trains the adapters and heads that a config describes; returns the run's folder.
 
     Args:
         config: the run. Its folder gets config.yaml, log.jsonl, tensorboard/, last/ and best/.
         resume: go on from last/ instead of starting anew.
-        on_step: called after each optimizer step with the step number and its logged values.
+        on_step: called after each optimizer step with the step number, the losses of its last batch, and the keys of
+            all samples in it.
 
     Raises:
         UserError: a config, shard or checkpoint that cannot be used; a folder that already holds another run; a
@@ -67,34 +71,42 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
         _restore(load_resume(last), model, optimizer, schedule, step)
         if step >= section.steps:
             log.warning("%s already has %d of %d steps", out, step, section.steps)
-    batches = train_batches(build_stream(config, model, start=step * section.accumulate), config.data.workers)
+    faults = FaultLog(config.data.max_fault_share)
+    stream = build_stream(config, model, build_indices(config, "train", faults))
+    valid_faults = FaultLog(config.data.max_fault_share)
+    valid = build_indices(config, "valid", valid_faults)
+    found = [] if resume else [*faults.faults, *valid_faults.faults]
+    batches = train_batches(stream, config.data.workers, faults=faults, start=step * section.accumulate)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    has_valid = any(task.valid for task in config.tasks.values())
     best = _best_so_far(out) if resume else -math.inf
 
     meter = Meter()
     model.train()
     with loader_deaths_told(), Journal(out, after=step) as journal, _interrupts() as interrupted, \
             tqdm(total=section.steps, initial=step, desc="train", unit="step", dynamic_ncols=True) as bar:
+        for fault in found:
+            journal.write({"step": step, "fault": str(fault)})
         while step < section.steps:
+            keys: list[str] = []
             for _ in range(section.accumulate):
                 with meter.waiting():
                     batch = next(batches)
-                for fault in batch.faults:  # their share is watched where they are met
+                keys += batch.keys
+                for fault in batch.faults:
                     journal.write({"step": step, "fault": str(fault)})
                 with torch.autocast(accelerator.device.type, torch.bfloat16, section.precision == "bf16"):
                     losses = wrapped(batch.to(accelerator.device))
                     total = sum(config.tasks[name].weight * loss for name, loss in losses.items())
                 accelerator.backward(total / section.accumulate)
-                meter.add(len(batch.ids), {**losses, "total": total})
+                meter.add(len(batch.keys), {**losses, "total": total})
             norm = accelerator.clip_grad_norm_(parameters, section.clip)
             at_end, stop = step + 1 == section.steps, interrupted()
             logs = (step + 1) % section.log_every == 0 or at_end
             saves = (step + 1) % section.save_every == 0 or at_end or stop
-            evaluates = has_valid and (at_end or section.eval_every and (step + 1) % section.eval_every == 0)
+            evaluates = valid and (at_end or section.eval_every and (step + 1) % section.eval_every == 0)
             if (logs or saves or evaluates) and not math.isfinite(norm):  # asked now and then: asking makes a GPU wait
                 raise UserError(f"the gradient is {float(norm)} at step {step + 1}: lower train.lr; the last good "
                                 f"checkpoint is {last if last.exists() else 'missing'}")
@@ -104,14 +116,16 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
             step += 1
             bar.update()
             if on_step:
-                on_step(step, {name: float(loss.detach()) for name, loss in losses.items()})
+                on_step(step, {name: float(loss.detach()) for name, loss in losses.items()}, keys)
             if logs:
                 means, speed = meter.read()
                 journal.write({"step": step, **{f"loss/{name}": value for name, value in means.items()},
+                               **{f"epoch/{name}": epochs for name, epochs in batch.epochs.items()},
                                "lr": schedule.get_last_lr()[0], "grad_norm": float(norm), **speed})
                 bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
             if evaluates:
-                metrics = evaluate_tasks(model, config, split="valid", limit=section.eval_samples)
+                metrics = evaluate_tasks(model, valid, rows=config.data.eval_batch, limit=section.eval_samples,
+                                         faults=valid_faults)
                 score = primary_score(model, metrics)
                 journal.write({"step": step, "valid/score": score,
                                **{f"valid/{task}/{name}": value for task, values in metrics.items()
@@ -136,7 +150,7 @@ def _check_resumable(saved: dict, config: RunConfig) -> None:
 
     def settings(data: dict) -> dict:
         return {"train.seed": data["train"]["seed"], "train.accumulate": data["train"]["accumulate"],
-                "data.shuffle": data["data"]["shuffle"],
+                "data.shuffle": data["data"]["shuffle"], "data.mixing": data["data"]["mixing"],
                 **{f"tasks.{name}.{key}": task[key] for name, task in data["tasks"].items()
                    for key in ("kind", "rows", "train", "format", "augment")}}
 
@@ -173,10 +187,10 @@ class Meter:
         self._rows += rows
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """(mean loss by name, images per second and the share of the time that went into waiting for data)."""
+        """(mean loss by name, samples per second and the share of the time that went into waiting for data)."""
         means = {name: float(value) / self._batches for name, value in self._sums.items()}
         passed = time.perf_counter() - self._start
-        speed = {"images_per_second": self._rows / passed, "data_wait": self._waited / passed}
+        speed = {"samples_per_second": self._rows / passed, "data_wait": self._waited / passed}
         self.__init__()
         return means, speed
 
@@ -239,23 +253,31 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
             signal.signal(signal.SIGINT, before)
 
 
-def build_stream(config: RunConfig, model: MultiTaskModel, start: int = 0) -> BatchStream:
-    """The mixed training stream of a run, from batch `start` on.
+def build_stream(config: RunConfig, model: MultiTaskModel, indices: Mapping[str, TaskIndex]) -> BatchStream:
+    """The mixed training stream of a run over the samples of its tasks.
 
     It holds copies of the tasks, since loader processes cannot take over parameters that lie on a GPU.
+
+    Raises:
+        UserError: a batch of data.mixing.rows is too small for the tasks.
     """
-    quotas = []
-    for name, task in config.tasks.items():
-        options = task.augment if isinstance(task.augment, dict) else {}
-        transform = model.backbone.preprocess(bool(task.augment), **options)
+    feeds = []
+    for name, section in config.tasks.items():
+        options = section.augment if isinstance(section.augment, dict) else {}
+        transform = model.backbone.preprocess(bool(section.augment), **options)
         # Twice what comes out: resizing by half or more hides what was left out. Of a crop, so much must be left.
-        cropped = math.sqrt(min(options.get("scale") or (0.9,))) if task.augment else 1.0
+        cropped = math.sqrt(min(options.get("scale") or (0.9,))) if section.augment else 1.0
         side = output_side(transform)
-        quotas.append(Quota(build_source(name, task, "train"), task.rows, transform,
-                            copy.deepcopy(model.tasks[name]).cpu().collate, side and math.ceil(2 * side / cropped)))
-    return BatchStream(quotas, collate_images=model.backbone.collate_images, known_tasks=config.data.ignore_tasks,
-                       seed=config.train.seed, shuffle=config.data.shuffle,
-                       max_fault_share=config.data.max_fault_share, start=start)
+        feeds.append(Feed(indices[name], transform, copy.deepcopy(model.tasks[name]).cpu().collate,
+                          side and math.ceil(2 * side / cropped)))
+    mixing, rows = config.data.mixing, {name: section.rows for name, section in config.tasks.items()}
+    if mixing.by != "quotas":
+        rows = expected_rows(mixing.by, {name: len(index) for name, index in indices.items()},
+                             mixing.rows or sum(rows.values()),
+                             {name: section.least_rows for name, section in config.tasks.items()},
+                             temperature=mixing.temperature, cap=mixing.cap, weights=mixing.weights)
+    return BatchStream(feeds, [rows[name] for name in indices], collate_images=model.backbone.collate_images,
+                       seed=config.train.seed, window=config.data.shuffle)
 
 
 def build_optimizer(model: MultiTaskModel, lr: float, weight_decay: float) -> torch.optim.AdamW:

@@ -1,14 +1,19 @@
 """What a sample is, and whether one is good.
 
-A sample is one image file and one JSON object: `task` (the tag), `image_id`, and the fields of its task's kind:
+A sample is any number of image files (most kinds of task: one) and one JSON object: `task` (the tag), `image_id`, and
+the fields of its task's kind:
 
     retrieval, captioning  captions: [text, ..]
     vqa                    question: text, answers: [text, ..], question_id
+    classification         label: the class's name; without an image also text
+    multiple_choice        question: text, choices: [text, ..], answer: index into choices, question_id
+    matching               text, label: one of the task's labels; without an image also text_pair, which text is held to
 """
 
 import json
+import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +27,15 @@ _LONGEST_TEXT = 32_768  # characters; no tower reads so many, and one of a megab
 class Sample:
     """One sample, its images still encoded.
 
-    fields: the JSON object. images: the bytes of the image files. key, shard: where it came from.
+    fields: the JSON object. images: the bytes of the image files. key, shard: where it came from. epoch: how often
+    all of its task's samples have been seen before.
     """
 
     fields: Mapping[str, Any]
     images: tuple[bytes, ...]
     key: str
     shard: str
+    epoch: int = 0
 
     @property
     def task(self) -> str:
@@ -36,7 +43,12 @@ class Sample:
 
     @property
     def image_id(self) -> str:
-        return str(self.fields["image_id"])
+        """What tells pictures apart; a sample without one has its key for it."""
+        return str(self.fields.get("image_id", self.key))
+
+    def turn(self, texts: Sequence[str]) -> str:
+        """One of the sample's texts: in every epoch the next one, so that all are seen equally often."""
+        return texts[(zlib.crc32(self.key.encode()) + self.epoch) % len(texts)]
 
 
 def _is_text(value) -> bool:
@@ -51,11 +63,20 @@ def _is_id(value) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
+def _is_index(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 _TEXT, _TEXTS, _ID = (_is_text, "a text"), (_are_texts, "a list of texts"), (_is_id, "a text or integer")
 _FIELDS = {
     "retrieval": {"captions": _TEXTS}, "captioning": {"captions": _TEXTS},
     "vqa": {"question": _TEXT, "answers": _TEXTS, "question_id": _ID},
+    "classification": {"label": _TEXT},
+    "multiple_choice": {"question": _TEXT, "choices": _TEXTS, "answer": (_is_index, "an index"), "question_id": _ID},
+    "matching": {"text": _TEXT, "label": _TEXT},
 }
+_FIELDS_WITHOUT_IMAGE = {"classification": {"text": _TEXT}, "matching": {"text_pair": _TEXT}}
+_NEED_AN_IMAGE = ("retrieval", "captioning", "vqa")
 
 
 def parse_fields(data: str | bytes) -> dict:
@@ -87,18 +108,30 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 _DECODER = json.JSONDecoder(parse_constant=_no_number, object_pairs_hook=_object)  # once: every record passes it
 
 
-def check_fields(fields: Any, kind: str | None) -> None:
-    """Raises BadSample unless `fields` is a sample of the given task kind (None: only what all kinds share)."""
+def check_fields(fields: Any, kind: str | None, images: int = 1) -> None:
+    """Raises BadSample unless `fields` is a sample of a task kind (None: what all share) with so many images."""
     if not isinstance(fields, dict):
         raise BadSample(f"expected a JSON object, got {type(fields).__name__}")
     if not _is_text(fields.get("task")):
         raise BadSample("field task is missing or no text")
-    for name, (valid, what) in {"image_id": _ID, **_FIELDS.get(kind, {})}.items():
+    if kind in _NEED_AN_IMAGE and images != 1:
+        raise BadSample(f"{images or 'no'} image{'s' * (images > 1)}: a sample of {kind} has one")
+    wanted = dict(_FIELDS.get(kind, {}))
+    if images or "image_id" in fields:
+        wanted["image_id"] = _ID
+    if not images:
+        wanted |= _FIELDS_WITHOUT_IMAGE.get(kind, {})
+    for name, (valid, what) in wanted.items():
         if name not in fields:
             raise BadSample(f"field {name} is missing")
         if not valid(fields[name]):
             raise BadSample(f"field {name} is not {what}: {str(fields[name])[:60]!r}")
         _check_texts(name, fields[name])
+    if kind == "multiple_choice":
+        choices = fields["choices"]
+        if fields["answer"] >= len(choices) or len(set(choices)) < max(len(choices), 2):
+            raise BadSample(f"field choices must be two or more different texts, and answer {fields['answer']} an "
+                            "index into them, counted from 0")
 
 
 def _check_texts(name: str, value: Any) -> None:
@@ -117,3 +150,14 @@ def check_key(key: str) -> None:
     """Raises BadSample for a key that no sample of ours has: such ones are made to lead somewhere else."""
     if not key or key.startswith(("/", "\\")) or ".." in key.replace("\\", "/").split("/"):
         raise BadSample(f"key {key!r} is empty or leads out of the shard")
+
+
+def kind_of(fields: Mapping[str, Any]) -> str | None:
+    """The kind whose fields an object has, where no config tells it; None if there is none.
+
+    Of captions nobody can tell whether they are for retrieval or captioning, unless the tag does.
+    """
+    if fields.get("task") in _FIELDS:
+        return fields["task"]
+    return next((kind for kind in sorted(_FIELDS, key=lambda kind: -len(_FIELDS[kind]))
+                 if fields.keys() >= _FIELDS[kind].keys()), None)

@@ -1,5 +1,7 @@
 """Writing samples into webdataset shards with a manifest. A sample becomes KEY.png (jpg, webp) and KEY.json.
 
+Of a sample with several images they become KEY.0.png, KEY.1.png and so on; one without has KEY.json alone.
+
 No half shard is ever left under a shard's name, and a write that broke off can be taken up again.
 """
 
@@ -20,7 +22,7 @@ import webdataset as wds
 from PIL import Image
 
 from vl_mtl_lora.data.pictures import decode_image
-from vl_mtl_lora.data.schema import check_fields, parse_fields
+from vl_mtl_lora.data.schema import check_fields, kind_of, parse_fields
 from vl_mtl_lora.errors import BadSample, UserError
 
 IMAGE_TYPES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
@@ -33,7 +35,8 @@ def write_shards(samples: Iterable[Mapping[str, Any]], out_dir: str | Path, *, n
 
     Args:
         samples: objects of the schema (see data/schema.py) plus `image`: a path (also one inside a zip file), the bytes
-            of an image file, or a PIL image (stored as PNG). `key` is optional.
+            of an image file, or a PIL image (stored as PNG); `images`: a list of them for a sample of several; neither
+            for one without. `key` is optional.
         samples_per_shard: the most samples in one shard.
         source, licence: where the data comes from, for the manifest.
         max_side: larger pictures are scaled down to so many pixels; None: files are stored as they are.
@@ -116,7 +119,7 @@ class _Writer:
         if index == self.resumed_at:
             self.check_resumed()
         self.keys.add(key)
-        fields = {name: value for name, value in sample.items() if name != "image"}
+        fields = {name: value for name, value in sample.items() if name not in ("image", "images")}
         self.digest.update(json.dumps(fields, sort_keys=True, default=str).encode() + b"\n")
         self.seen += 1
         return index >= self.resumed_at
@@ -163,7 +166,8 @@ class _Writer:
         for shard in self.shards:
             tasks.update(shard["tasks"])
         manifest = {"name": self.name, "samples": sum(tasks.values()), "tasks": dict(sorted(tasks.items())),
-                    "source": source, "licence": licence, "shards": self.shards, "skipped": self.skipped}
+                    "source": source, "licence": licence, **self.settings, "shards": self.shards,
+                    "skipped": self.skipped}
         _write_json(self.manifest_file, manifest)
         self.partial_file.unlink()
         return manifest
@@ -211,19 +215,29 @@ def checksum(file: Path) -> str:
 
 
 def _record(sample: Mapping[str, Any], key: str, stored: Callable[[Any], tuple[bytes, str]]) -> dict[str, Any]:
-    fields = {k: v for k, v in sample.items() if k not in ("image", "key")}
+    fields, images = split_images(sample)
     if not key or any(c in key for c in "./\\") or key.strip() != key:
         raise BadSample(f"key {key!r} may not be empty or hold . / \\ or outer spaces")
-    # The tag may be any name; what it must carry is known for the built-in kinds.
-    check_fields(fields, fields.get("task") if isinstance(fields.get("task"), str) else None)
-    if "image" not in sample:
-        raise BadSample("field image is missing")
-    data, extension = stored(sample["image"])
+    check_fields(fields, kind_of(fields) if isinstance(fields.get("task"), str) else None, len(images))
+    files = [stored(image) for image in images]
+    names = ("",) if len(files) == 1 else tuple(f"{i}." for i in range(len(files)))
     try:
         text = json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, TypeError) as error:
         raise BadSample(f"fields cannot be written as JSON: {error}") from error
-    return {"__key__": key, "__task__": fields["task"], extension: data, "json": text}
+    return {"__key__": key, "__task__": fields["task"],
+            **{name + extension: data for name, (data, extension) in zip(names, files)}, "json": text}
+
+
+def split_images(sample: Mapping[str, Any]) -> tuple[dict, list]:
+    """What `write_shards` takes -> (the fields of its JSON object, its images). Raises BadSample."""
+    fields = {k: v for k, v in sample.items() if k not in ("image", "images", "key")}
+    if "image" in sample and "images" in sample:
+        raise BadSample("fields image and images exclude each other")
+    images = sample["images"] if "images" in sample else [sample["image"]] if "image" in sample else []
+    if not isinstance(images, list | tuple):
+        raise BadSample(f"field images is not a list: {type(images).__name__}")
+    return fields, list(images)
 
 
 class _Pictures:
@@ -274,7 +288,7 @@ def image_file(image: Any, max_side: int | None = None) -> tuple[bytes, str]:
 
 
 def read_jsonl(path: str | Path) -> Iterable[dict]:
-    """Samples from a JSON-lines file; `image` paths are absolute or relative to the file.
+    """Samples from a JSON-lines file; `image` paths, and those in `images`, are absolute or relative to the file.
 
     Raises:
         UserError: a line that is no JSON object, with its number.
@@ -293,4 +307,6 @@ def read_jsonl(path: str | Path) -> Iterable[dict]:
             raise UserError(f"{path}:{number}: {problem}") from problem
         if isinstance(sample.get("image"), str):
             sample["image"] = path.parent / sample["image"]
+        if isinstance(sample.get("images"), list):
+            sample["images"] = [path.parent / image if isinstance(image, str) else image for image in sample["images"]]
         yield sample

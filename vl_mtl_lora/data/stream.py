@@ -1,7 +1,7 @@
-"""Reading shards: one endless, seeded stream per task, mixed into batches of fixed quotas, decoded and collated.
+"""Batches by their number: which samples they hold, decoded and collated; and one pass over a task for evaluation.
 
-The order of batches is a function of the seed alone. Every loader process walks the same raw stream and decodes only
-the batches that are its own, so the number of processes changes nothing, and resuming skips without decoding.
+Batch number n is a function of the seed and n alone. Loader processes, ranks and resumed runs ask for the numbers that
+are theirs, so nothing is read that another one uses, and nothing is skipped by reading it.
 """
 
 import itertools
@@ -14,56 +14,25 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from vl_mtl_lora.data.faults import Fault, FaultLog
+from vl_mtl_lora.data.index import TaskIndex
+from vl_mtl_lora.data.mixing import SampleOrder, Schedule
 from vl_mtl_lora.data.pictures import decode_image
-from vl_mtl_lora.data.reader import Fault, FaultLog, Source, read_samples
 from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.errors import BadSample, UserError
 
 
-class TaskStream:
-    """A task's endless stream: passes over its shards in seeded order, through a seeded shuffle buffer."""
-
-    def __init__(self, source: Source, known_tasks: Sequence[str], *, seed: int, shuffle: int, faults: FaultLog):
-        self.source, self.known_tasks, self.faults = source, known_tasks, faults
-        self.seed, self.shuffle = seed, shuffle
-        self.epoch = 0
-
-    def __iter__(self) -> Iterator[Sample]:
-        while True:
-            rng = random.Random(f"{self.seed}/{self.source.task}/{self.epoch}")
-            yield from self._shuffled(self._one_pass(rng), rng)
-            self.epoch += 1
-
-    def _one_pass(self, rng: random.Random) -> Iterator[Sample]:
-        urls = list(self.source.urls)
-        rng.shuffle(urls)
-        empty = True
-        for sample in read_samples(self.source, self.known_tasks, self.faults, urls):
-            empty = False
-            yield sample
-        if empty:
-            raise UserError(_nothing_in(self.source))
-
-    def _shuffled(self, samples: Iterator[Sample], rng: random.Random) -> Iterator[Sample]:
-        buffer: list[Sample] = []
-        for sample in samples:
-            buffer.append(sample)
-            if len(buffer) >= self.shuffle:
-                i = rng.randrange(len(buffer))
-                buffer[i], buffer[-1] = buffer[-1], buffer[i]
-                yield buffer.pop()
-        rng.shuffle(buffer)
-        yield from buffer
-
-
 @dataclass
 class Batch:
-    """Rows sorted by task, in the router's order; a task is the slice `slices[name]`.
+    """Samples sorted by task, in the router's order, and their P pictures in the same order.
 
-    images: what the backbone collated, for most (B, 3, H, W). ids: (B,) task ids, on the CPU. inputs: each task's own
-    collated tensors.
+    images: what the backbone collated, for most (P, 3, H, W); None without any picture. ids: (P,) each picture's task
+    id, on the CPU. slices: a task's pictures; of a task with k pictures per sample, sample i has numbers k * i to
+    k * i + k - 1 of them. inputs: each task's own collated tensors. keys: of the samples. index: the batch's number.
+    epochs: how often each task's samples have all been seen after this batch, 1.5 for one and a half times.
+    checked: (task, fault or None) of every sample that was read. faults: those of them not told before.
     """
 
     images: Any
@@ -72,85 +41,72 @@ class Batch:
     inputs: dict[str, dict[str, Tensor]]
     keys: list[str]
     index: int = 0
+    epochs: dict[str, float] = field(default_factory=dict)
+    checked: list[tuple[str, Fault | None]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
         """Everything but the ids, which stay on the host."""
         move = {"device": device, "non_blocking": True}
         inputs = {task: {k: v.to(**move) for k, v in parts.items()} for task, parts in self.inputs.items()}
-        return replace(self, images=self.images.to(**move), inputs=inputs)
+        return replace(self, images=None if self.images is None else self.images.to(**move), inputs=inputs)
 
 
 @dataclass(frozen=True)
-class Quota:
-    """One task's part of a batch: how many rows, from where, and how its samples become tensors.
+class Feed:
+    """One task's part of the stream: its samples, and how they become tensors.
 
     transform: PIL image -> one picture for the backbone. collate: (samples, rng) -> tensors of the task. side: see
     `decode_image`.
     """
 
-    source: Source
-    rows: int
+    index: TaskIndex
     transform: Callable[[Image.Image], Any]
     collate: Callable[[list[Sample], random.Random], dict[str, Tensor]]
     side: int | None = None
 
 
-class BatchStream(IterableDataset):
-    """Endless mixed batches, starting with batch number `start`. The quotas' order gives the task ids.
+class BatchStream(Dataset):
+    """`stream[n]` is batch number n, from 0 on without end. The feeds' order gives the task ids.
 
-    collate_images: pictures of all rows -> the batch of them. known_tasks: tags besides the quotas' own that may occur
-    in the shards and are passed over.
+    rows: of each task in a batch, in the feeds' order; where they are no whole numbers, on the long average.
+    collate_images: the pictures of a batch -> the tensor of them. window: see `SampleOrder`.
     """
 
-    def __init__(self, quotas: Sequence[Quota], *, collate_images: Callable[[list], Any] = default_collate,
-                 known_tasks: Sequence[str] = (), seed: int = 0, shuffle: int = 2000, max_fault_share: float = 0.01,
-                 start: int = 0):
-        self.quotas, self.seed, self.shuffle, self.collate_images = list(quotas), seed, shuffle, collate_images
-        self.known_tasks = [*(q.source.task for q in self.quotas), *known_tasks]
-        self.max_fault_share, self.start = max_fault_share, start
+    def __init__(self, feeds: Sequence[Feed], rows: Sequence[float], *,
+                 collate_images: Callable[[list], Any] = default_collate, seed: int = 0, window: int = 100_000):
+        self.feeds, self.seed, self.collate_images = list(feeds), seed, collate_images
+        self.schedule = Schedule(rows, seed=seed)
+        self.orders = [SampleOrder(f.index.source.task, f.index.sizes, seed=seed, window=window) for f in self.feeds]
 
-    def __iter__(self) -> "Iterator[Batch | UserError]":
-        """Batches; a UserError ends them, as an item, so that it reaches the main process as it is."""
+    def __getitem__(self, number: int) -> "Batch | UserError":
+        """A UserError is returned, not raised, so that it reaches the main process as it is."""
         try:
-            yield from self._batches()
+            return self._batch(number)
         except UserError as error:
-            yield error
+            return error
 
-    def _batches(self) -> Iterator[Batch]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # Every process reads the whole stream, so the first one tells for all; pictures each decodes its own.
-        reading, decoding = FaultLog(self.max_fault_share, quiet=worker > 0), FaultLog(self.max_fault_share)
-        streams = [TaskStream(q.source, self.known_tasks, seed=self.seed, shuffle=self.shuffle, faults=reading)
-                   for q in self.quotas]
-        samples_of = [iter(stream) for stream in streams]
-        told: set[Fault] = set()
-        for index in itertools.count():
-            samples = [[next(rows) for _ in range(q.rows)] for q, rows in zip(self.quotas, samples_of)]
-            if index < self.start or (index - self.start) % workers != worker:
-                continue
-            batch = self._decode(samples, index, decoding)
-            for stream in streams:
-                if stream.epoch:  # all of the task's pictures have been decoded once, here or elsewhere
-                    decoding.judge(stream.source.task, "picture")
-            known = {**({} if reading.quiet else reading.faults), **decoding.faults}
-            batch.faults = [fault for fault in known if fault not in told]
-            told.update(batch.faults)
-            yield batch
+    def places(self, number: int) -> tuple[list[list[tuple[int, int]]], list[float]]:
+        """(each task's (epoch, row) of the samples of a batch, each task's epochs after it)."""
+        counts, before = self.schedule(number)
+        places = [[order(first + i) for i in range(count)] for order, count, first in zip(self.orders, counts, before)]
+        return places, [(first + count) / len(order) for order, count, first in zip(self.orders, counts, before)]
 
-    def _decode(self, samples: list[list[Sample]], index: int, faults: FaultLog) -> Batch:
-        images, ids, slices, inputs, keys = [], [], {}, {}, []
-        rng = random.Random(f"{self.seed}/batch/{index}")
-        for task_id, (quota, rows) in enumerate(zip(self.quotas, samples)):
+    def _batch(self, number: int) -> Batch:
+        images, ids, slices, inputs, keys, checked = [], [], {}, {}, [], []
+        rng = random.Random(f"{self.seed}/batch/{number}")
+        places, epochs = self.places(number)
+        for task_id, (feed, rows) in enumerate(zip(self.feeds, places)):
+            task = feed.index.source.task
             with _pinned(rng.getrandbits(48)):
-                pixels, rows = _decode_rows(quota, rows, faults)
-            slices[quota.source.task] = slice(len(images), len(images) + len(rows))
-            images += pixels
-            ids += [task_id] * len(rows)
-            keys += [sample.key for sample in rows]
-            inputs[quota.source.task] = quota.collate(rows, rng)
-        return Batch(self.collate_images(images), torch.tensor(ids), slices, inputs, keys, index)
+                pictures, samples = _read(feed, rows, checked)
+            slices[task] = slice(len(images), len(images) + len(pictures))
+            images += pictures
+            ids += [task_id] * len(pictures)
+            keys += [sample.key for sample in samples]
+            inputs[task] = feed.collate(samples, rng)
+        return Batch(self.collate_images(images) if images else None, torch.tensor(ids, dtype=torch.long), slices,
+                     inputs, keys, number, dict(zip(slices, epochs)), checked)
 
 
 @contextmanager
@@ -164,53 +120,61 @@ def _pinned(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def _decode_rows(quota: Quota, samples: list[Sample], faults: FaultLog) -> tuple[list, list[Sample]]:
-    """Decoded rows. A picture that cannot be decoded is replaced by another of the slice: quotas stay as they are."""
-    good: list[tuple[Any, Sample]] = []
-    for sample in samples:
-        if (pixels := _pixels(sample, quota.transform, faults, quota.side)) is not None:
-            good.append((pixels, sample))
+def _read(feed: Feed, places: Sequence[tuple[int, int]], checked: list) -> tuple[list, list[Sample]]:
+    """(pictures, samples) at some places. One that is no good is replaced by another of them: the count stays."""
+    task, good = feed.index.source.task, []
+    for epoch, row in places:
+        try:
+            sample = feed.index.sample(row, epoch)
+            good.append((_pictures(sample, feed.transform, feed.side), sample))
+        except BadSample as problem:
+            checked.append((task, feed.index.fault(row, problem)))
+        else:
+            checked.append((task, None))
     if not good:
-        raise UserError(f"no picture of a whole batch of task {quota.source.task} can be decoded: "
-                        + "; ".join(map(str, list(faults.faults)[-3:])))
-    good += [good[i % len(good)] for i in range(len(samples) - len(good))]
-    return [pixels for pixels, _ in good], [sample for _, sample in good]
+        raise UserError(f"no sample of a whole batch of task {task} can be used: "
+                        + "; ".join(str(fault) for name, fault in checked[-3:] if name == task))
+    good += [good[i % len(good)] for i in range(len(places) - len(good))]
+    return [picture for pictures, _ in good for picture in pictures], [sample for _, sample in good]
 
 
-def _pixels(sample: Sample, transform: Callable[[Image.Image], Any], faults: FaultLog, side: int | None = None) -> Any:
-    """The decoded, transformed image, or None and a counted fault."""
+def _pictures(sample: Sample, transform: Callable[[Image.Image], Any], side: int | None = None) -> list:
+    """A sample's pictures, decoded and transformed. Raises BadSample."""
+    decoded = [decode_image(image, side) for image in sample.images]
     try:
-        pixels = transform(decode_image(sample.images[0], side))
-    except BadSample as problem:
-        faults.count(sample.task, "picture", Fault(sample.shard, sample.key, str(problem)))
-        return None
-    faults.count(sample.task, "picture")
-    return pixels
+        return [transform(image) for image in decoded]
+    except Exception as error:  # of a model's own preprocessing, say for a picture a thousand times as wide as high
+        raise BadSample(f"image cannot be preprocessed: {type(error).__name__}: {error}") from error
 
 
-def _nothing_in(source: Source) -> str:
-    more = " ..." if len(source.urls) > 3 else ""
-    return f"no sample of task {source.task!r} in {', '.join(source.urls[:3])}{more}"
+def train_batches(stream: BatchStream, workers: int, *, faults: FaultLog | None = None, start: int = 0, rank: int = 0,
+                  world: int = 1) -> Iterator[Batch]:
+    """The batches with the numbers start + rank, start + rank + world and so on, without end.
 
-
-def train_batches(stream: BatchStream, workers: int) -> Iterator[Batch]:
-    """Batches in the stream's order, decoded by so many loader processes, or here where `workers` is 0.
+    Args:
+        workers: loader processes; 0: none, they are decoded here.
+        faults: counts samples that cannot be used, and tells them.
 
     Raises:
-        UserError: what the stream met.
+        UserError: what the stream met; too many faults.
     """
+    faults = faults or FaultLog()
     # A generator of its own: the loader must not draw from the one that dropout draws from, or resuming would shift it.
-    loader = DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
-                        generator=torch.Generator())
+    loader = DataLoader(stream, batch_size=None, sampler=itertools.count(start + rank, world), num_workers=workers,
+                        prefetch_factor=4 if workers else None, generator=torch.Generator())
     items = iter(loader)
     while True:
         try:
-            item = next(items)
+            batch = next(items)
         except (ConnectionError, EOFError) as error:  # a process was gone while its batch was being taken over
             raise _death(error) from error
-        if isinstance(item, UserError):
-            raise item
-        yield item
+        if isinstance(batch, UserError):
+            raise batch
+        batch.faults = [fault for task, fault in batch.checked if faults.count(task, "picture", fault)]
+        for task, epochs in batch.epochs.items():
+            if epochs >= 1:  # all of the task's samples have been read
+                faults.judge(task, "picture")
+        yield batch
 
 
 @contextmanager
@@ -234,49 +198,58 @@ def _death(error: Exception) -> UserError:
 
 @dataclass
 class EvalBatch:
-    """Samples of one task and their pictures, each once: row i of the samples shows `images[image_rows[i]]`."""
+    """Samples of one task and their pictures, each once.
+
+    rows: of the samples in their index. image_rows: picture k of sample i of a task with K pictures per sample is
+    `images[image_rows[K * i + k]]`. images: as in `Batch`.
+    """
 
     samples: list[Sample]
-    images: Any  # as in Batch
-    image_rows: Tensor  # (samples,)
+    rows: list[int]
+    images: Any
+    image_rows: Tensor
 
 
-def eval_batches(source: Source, known_tasks: Sequence[str], transform: Callable[[Image.Image], Any], *, rows: int,
-                 faults: FaultLog, collate_images: Callable[[list], Any] = default_collate,
+def eval_batches(index: TaskIndex, transform: Callable[[Image.Image], Any], *, rows: int, faults: FaultLog,
+                 collate_images: Callable[[list], Any] = default_collate,
                  limit: int | None = None) -> Iterator[EvalBatch]:
     """One pass over a task's samples, in order, each good one exactly once; at most `limit` of them.
 
     Raises:
-        UserError: too many broken samples, or none at all.
+        UserError: too many broken samples.
     """
-    pictures: dict[str, int] = {}
-    samples: list[Sample] = []
-    images: list = []
-    image_rows: list[int] = []
-    count = 0
+    task, images = index.source.task, index.source.images
+    pictures: dict[tuple[str, int], int] = {}  # (image id, number among the sample's) -> number in `decoded`
+    samples, sample_rows, decoded, image_rows = [], [], [], []
 
     def flush() -> EvalBatch:
-        batch = EvalBatch(list(samples), collate_images(images), torch.tensor(image_rows))
-        for part in (pictures, samples, images, image_rows):
+        batch = EvalBatch(list(samples), list(sample_rows), collate_images(decoded) if decoded else None,
+                          torch.tensor(image_rows, dtype=torch.long))
+        for part in (pictures, samples, sample_rows, decoded, image_rows):
             part.clear()
         return batch
 
-    for sample in read_samples(source, known_tasks, faults):
-        if limit is not None and count >= limit:
+    count = 0
+    for row in range(len(index)):
+        if count == limit:
             break
-        if sample.image_id not in pictures:
-            pixels = _pixels(sample, transform, faults)
-            if pixels is None:
-                continue
-            pictures[sample.image_id] = len(images)
-            images.append(pixels)
+        try:
+            sample = index.sample(row)
+            names = [(sample.image_id, i) for i in range(images)]
+            if any(name not in pictures for name in names):
+                new = _pictures(sample, transform)
+                pictures |= {name: len(decoded) + i for i, name in enumerate(names)}
+                decoded += new
+        except BadSample as problem:
+            faults.count(task, "picture", index.fault(row, problem))
+            continue
+        faults.count(task, "picture")
         samples.append(sample)
-        image_rows.append(pictures[sample.image_id])
+        sample_rows.append(row)
+        image_rows += [pictures[name] for name in names]
         count += 1
         if len(samples) == rows:
             yield flush()
-    faults.judge(source.task, "picture")
-    if not count:
-        raise UserError(_nothing_in(source))
+    faults.judge(task, "picture")
     if samples:
         yield flush()

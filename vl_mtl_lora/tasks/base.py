@@ -16,6 +16,7 @@ class Task(Protocol):
     """Tasks are `nn.Module`s that follow this protocol; their parameters are the task's head.
 
     name: the tag. kind: the key in `tasks.KINDS`. needs: capabilities the backbone must have.
+    images: of each sample; without any, `states` are None, with several a sample's states follow each other.
     primary: the metric that stands for the task, higher is better.
     example: fields of a sample, for a dry run.
     """
@@ -23,16 +24,18 @@ class Task(Protocol):
     name: str
     kind: str
     needs: frozenset[str]
+    images: int
     primary: str
     example: Mapping[str, Any]
 
     def collate(self, samples: Sequence[Sample], rng: random.Random) -> dict[str, Tensor]:
         """Samples of a training slice -> the tensors that `loss` reads. Runs in loader processes."""
 
-    def loss(self, backbone: Backbone, states: ImageStates, inputs: dict[str, Tensor]) -> Tensor:
+    def loss(self, backbone: Backbone, states: ImageStates | None, inputs: dict[str, Tensor]) -> Tensor:
         """Scalar loss of a slice. Runs under a route that holds the task for any number of text rows."""
 
-    def predict(self, backbone: Backbone, states: ImageStates, samples: Sequence[Sample], zero_shot: bool) -> list[Any]:
+    def predict(self, backbone: Backbone, states: ImageStates | None, samples: Sequence[Sample],
+                zero_shot: bool) -> list[Any]:
         """One prediction per sample. `zero_shot`: answer as the base alone would, without the task's head."""
 
     def score(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> dict[str, float]:

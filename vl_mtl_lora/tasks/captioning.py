@@ -7,9 +7,10 @@ from vl_mtl_lora.tasks.base import next_token_inputs, next_token_loss
 
 
 class Captioning(nn.Module):
-    """Next-token loss on one caption per sample, drawn anew; greedy or beam search at evaluation."""
+    """Next-token loss on one caption per sample, in every epoch another; greedy or beam search at evaluation."""
 
     kind = "captioning"
+    images = 1
     needs = frozenset({"generate"})
     primary = "CIDEr"
     example = {"captions": ["a photo of a red circle on a blue square in the picture"]}
@@ -23,7 +24,7 @@ class Captioning(nn.Module):
 
     def collate(self, samples, rng):
         return next_token_inputs(self.text, [self.prompt] * len(samples),
-                                 [rng.choice(s.fields["captions"]) for s in samples])
+                                 [s.turn(s.fields["captions"]) for s in samples])
 
     def loss(self, backbone, states, inputs):
         return next_token_loss(backbone, states, inputs)

@@ -19,6 +19,7 @@ class Retrieval(nn.Module):
     """
 
     kind = "retrieval"
+    images = 1
     needs = frozenset({"embed"})
     primary = "text_to_image_recall@1"
     max_log_scale = math.log(100.0)  # of CLIP's loss
@@ -38,8 +39,8 @@ class Retrieval(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(start))
 
     def collate(self, samples, rng):
-        """tokens (B, L): one caption of each sample, drawn anew. positives (B, B): same image, or same caption."""
-        captions = [rng.choice(s.fields["captions"]) for s in samples]
+        """tokens (B, L): a caption of each sample, in every epoch another. positives (B, B): same image or caption."""
+        captions = [s.turn(s.fields["captions"]) for s in samples]
         positives = [[a.image_id == b.image_id or x == y for b, y in zip(samples, captions)]
                      for a, x in zip(samples, captions)]
         return {"tokens": self.text.rows(captions), "positives": torch.tensor(positives)}

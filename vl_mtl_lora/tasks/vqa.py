@@ -28,6 +28,7 @@ class VQA(nn.Module):
     """
 
     kind = "vqa"
+    images = 1
     primary = "accuracy"
 
     def __init__(self, name, section, backbone):
@@ -63,8 +64,8 @@ class VQA(nn.Module):
         return [self.zero_shot_prompt.format(question=question, answer=answer) for answer in answers]
 
     def collate(self, samples, rng):
-        """Of several human answers one is drawn, so that the loss sees them as often as they were given."""
-        answers = [rng.choice(s.fields["answers"]) for s in samples]
+        """Of several human answers each epoch takes another: the loss sees them as often as people gave them."""
+        answers = [s.turn(s.fields["answers"]) for s in samples]
         questions = [s.fields["question"] for s in samples]
         if self.answer_by == "classification":
             index = {answer: i for i, answer in enumerate(self.answer_list)}

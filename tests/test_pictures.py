@@ -1,0 +1,55 @@
+"""Any picture comes out upright and RGB, or is refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.shard_files import encode
+from vl_mtl_lora.data.pictures import decode_image, output_side, to_rgb
+from vl_mtl_lora.errors import BadSample
+
+
+def test_unusual_images_come_out_upright_and_rgb():
+    rotated = Image.new("RGB", (8, 4), "red")
+    exif = rotated.getexif()
+    exif[0x0112] = 6
+    assert decode_image(encode(rotated, "JPEG", exif=exif)).size == (4, 8)
+    assert decode_image(encode(Image.new("CMYK", (4, 4)), "JPEG")).mode == "RGB"
+    assert decode_image(encode(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("RGB", (4, 4), "blue").convert("P")
+    assert decode_image(encode(palette, "PNG")).getpixel((0, 0)) == (0, 0, 255)
+    deep = Image.new("I;16", (4, 4), 0x8080)
+    assert decode_image(encode(deep, "PNG")).getpixel((0, 0)) == (128, 128, 128)
+    wide = Image.new("I", (4, 4), 128 * 257)
+    assert to_rgb(wide).getpixel((0, 0)) == (128, 128, 128)
+    plain = Image.new("RGB", (4, 4))
+    assert to_rgb(plain) is plain
+    with pytest.raises(ValueError, match="floating point"):
+        to_rgb(Image.new("F", (4, 4)))
+    with pytest.raises(BadSample, match="cannot be decoded"):
+        decode_image(encode(Image.effect_noise((64, 64), 50), "JPEG")[:200])
+
+
+def test_large_jpegs_are_decoded_smaller_where_nothing_is_lost_by_it():
+    photo = Image.radial_gradient("L").resize((800, 600)).convert("RGB")
+    photo.paste((200, 30, 60), (100, 200, 340, 420))
+    data = encode(photo, "JPEG", quality=95)
+    assert decode_image(data).size == decode_image(data, 301).size == (800, 600)
+    half = decode_image(data, 300)
+    assert half.size == (400, 300)
+    exact, near = (np.asarray(image.resize((150, 150), Image.Resampling.BICUBIC)).astype(int)
+                   for image in (decode_image(data), half))
+    assert abs(exact - near).mean() < 1 and abs(exact - near).max() < 24  # of 255, at the edge of the square
+    assert decode_image(data, 75).size == (100, 75)
+    assert decode_image(encode(photo, "PNG"), 75).size == (800, 600)
+
+
+def test_the_size_that_comes_out_is_found_without_touching_the_generator(tiny_backbone):
+    transform, state = tiny_backbone().preprocess(True), torch.get_rng_state()
+    assert output_side(transform) == 32
+    assert output_side(lambda image: torch.zeros(3, *image.size)) is None
+    assert output_side(lambda image: [image]) is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+

@@ -1,0 +1,279 @@
+"""Which samples the shards of a task hold, and where their bytes lie.
+
+Every shard is scanned once, before the first batch: headers and texts are read, pictures passed over. From then on any
+sample is read at its place, so that order, length and resuming need nothing of what came before.
+"""
+
+import json
+import os
+import re
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from vl_mtl_lora.config import RunConfig
+from vl_mtl_lora.data.faults import Fault, FaultLog
+from vl_mtl_lora.data.files import shard_files
+from vl_mtl_lora.data.schema import IMAGE_EXTENSIONS, Sample, check_fields, parse_fields
+from vl_mtl_lora.data.shards import partial_file
+from vl_mtl_lora.data.tar import Record, read_records
+from vl_mtl_lora.errors import BadSample, UserError, did_you_mean
+
+# The members that describe a sample, by the format of its shards; see `_untagged_fields`.
+_TEXTS = {"tagged": ("json",), "img2dataset": ("txt",), "clip_benchmark": ("txt", "cls")}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one task's samples come from.
+
+    task, kind: its tag and kind. files: shards. format: "tagged" (this package's), "img2dataset", "clip_benchmark".
+    images: how many each sample has. labels: those that may occur, None for any.
+    """
+
+    task: str
+    kind: str
+    files: tuple[str, ...]
+    format: str = "tagged"
+    images: int = 1
+    labels: tuple[str, ...] | None = None
+
+
+class TaskIndex:
+    """A task's good samples, in the order of its shards.
+
+    sizes: (shards,), how many samples each holds.
+    """
+
+    def __init__(self, source: Source, shards: Sequence[tuple[str, int]], sizes: Sequence[int], keys: Sequence[str],
+                 places: np.ndarray):
+        self.source, self.sizes = source, np.asarray(sizes, dtype=np.int64)
+        self._shards, self._ends = list(shards), np.cumsum(self.sizes)  # (file, time of its last change)
+        self._keys = np.array([key.encode() for key in keys])  # no objects: forked processes share the memory
+        self._places = places  # (N, 2 + 2 * images): offset and length of the text and of each image
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def sample(self, row: int, epoch: int = 0) -> Sample:
+        """Reads sample number `row`.
+
+        Raises:
+            BadSample: its shard is gone or has changed.
+        """
+        key, (shard, changed) = self.key(row), self._shard(row)
+        text, *images = _read(shard, changed, self._places[row].tolist())
+        fields = json.loads(text) if self.source.format == "tagged" else _untagged_fields(text, key, self.source)
+        return Sample(fields, tuple(images), key, shard, epoch)
+
+    def key(self, row: int) -> str:
+        return self._keys[row].decode()
+
+    def fault(self, row: int, problem: object) -> Fault:
+        """What is told of a sample that turns out to be no good."""
+        return Fault(self._shard(row)[0], self.key(row), str(problem))
+
+    def _shard(self, row: int) -> tuple[str, int]:
+        return self._shards[int(np.searchsorted(self._ends, row, side="right"))]
+
+
+def _read(shard: str, changed: int, places: list[int]) -> list[bytes]:
+    try:
+        file = _open(shard, changed).fileno()
+        parts = [os.pread(file, length, offset) for offset, length in zip(places[::2], places[1::2])]
+    except OSError as error:
+        raise BadSample(f"the shard cannot be read: {error}") from error
+    if any(len(part) != length for part, length in zip(parts, places[1::2])):
+        raise BadSample("the shard has become shorter")
+    return parts
+
+
+@lru_cache(maxsize=256)  # of each process; every read names its place, so that forks can share them
+def _open(shard: str, changed: int) -> BinaryIO:
+    file = open(shard, "rb")  # noqa: SIM115
+    if os.fstat(file.fileno()).st_mtime_ns != changed:
+        file.close()
+        raise BadSample("the shard has changed since it was scanned")
+    return file
+
+
+def index_sources(sources: Sequence[Source], known_tasks: Sequence[str], faults: FaultLog) -> list[TaskIndex]:
+    """Scans the shards of some tasks, each shard once for all of them.
+
+    Args:
+        known_tasks: tags that may occur. A shard whose manifest lists others of them only is not opened.
+        faults: counts what cannot be used.
+
+    Raises:
+        UserError: too many faults, a task without any sample, shards whose writing broke off.
+    """
+    found = [_Found(source) for source in sources]
+    shards = dict.fromkeys((file, source.format) for source in sources for file in source.files)
+    for shard, format in tqdm(shards, desc="scan", unit="shard", dynamic_ncols=True, leave=False, delay=2):
+        readers = [reader for reader in found if reader.source.format == format and shard in reader.files
+                   and _may_hold(shard, reader.source, known_tasks)]
+        if readers:
+            _scan(shard, readers, known_tasks, faults)
+    for reader in found:
+        faults.judge(reader.source.task, "record", "sample")
+        if not reader.keys:
+            raise UserError(_nothing_in(reader.source))
+    return [TaskIndex(reader.source, reader.shards, reader.sizes, reader.keys,
+                      np.frombuffer(reader.places, dtype=np.int64).reshape(len(reader.keys), -1)) for reader in found]
+
+
+def build_indices(config: RunConfig, split: str, faults: FaultLog) -> dict[str, TaskIndex]:
+    """Scans the "train", "valid" or "test" shards of a run's tasks: {task: its samples}, without tasks that have none.
+
+    Raises:
+        UserError: as `shard_files` and `index_sources`.
+    """
+    sources = []
+    for name, section in config.tasks.items():
+        try:
+            files = shard_files(getattr(section, split), config.data.cache, config.data.allow_pipe)
+        except UserError as error:
+            raise UserError(f"tasks.{name}.{split}: {error}") from error
+        if files:
+            labels = getattr(section, "labels", None)
+            sources.append(Source(name, section.kind, files, section.format, section.images,
+                                  None if labels is None else tuple(labels)))
+    indices = index_sources(sources, [*config.tasks, *config.data.ignore_tasks], faults)
+    return {index.source.task: index for index in indices}
+
+
+class _Found:
+    """What has been found of one source so far."""
+
+    def __init__(self, source: Source):
+        self.source, self.files = source, frozenset(source.files)
+        self.labels = None if source.labels is None else frozenset(source.labels)
+        self.shards: list[tuple[str, int]] = []
+        self.sizes: list[int] = []
+        self.keys: list[str] = []
+        self.places = array("q")
+
+    def add(self, record: Record, text: tuple[int, int], fields: dict) -> None:
+        """Raises BadSample for what is no sample of the task."""
+        images = _images(record, self.source.images)
+        check_fields(fields, self.source.kind, self.source.images)
+        if self.labels is not None and fields["label"] not in self.labels:
+            raise BadSample(f"label {fields['label'][:60]!r} is none of the task's"
+                            + did_you_mean(fields["label"], self.source.labels))
+        self.keys.append(record.key)
+        self.places.extend([*text, *(number for place in images for number in place)])
+        self.sizes[-1] += 1
+
+
+def _scan(shard: str, readers: list[_Found], known_tasks: Sequence[str], faults: FaultLog) -> None:
+    def count(stage: str, key: str = "", problem: object = None, by: list[_Found] = readers) -> None:
+        for reader in by:
+            faults.count(reader.source.task, stage, Fault(shard, key, str(problem)) if problem else None)
+
+    try:
+        file = open(shard, "rb")  # noqa: SIM115
+    except OSError as error:
+        count("record", problem=f"the shard cannot be read: {error}")
+        return
+    with file:
+        for reader in readers:
+            reader.shards.append((shard, os.fstat(file.fileno()).st_mtime_ns))
+            reader.sizes.append(0)
+        for record in read_records(file):
+            try:
+                place, text, fields = _text(file, record, readers[0].source.format, known_tasks)
+            except BadSample as problem:
+                count("record", record.key, problem)
+                continue
+            count("record")
+            for reader in [r for r in readers if fields is None or r.source.task == fields["task"]]:
+                try:
+                    reader.add(record, place, fields or _untagged_fields(text, record.key, reader.source))
+                except BadSample as problem:
+                    count("sample", record.key, problem, [reader])
+                else:
+                    count("sample", by=[reader])
+
+
+def _text(file: BinaryIO, record: Record, format: str, known_tasks) -> tuple[tuple[int, int], bytes, dict | None]:
+    """(place of the member that describes a record, its bytes, its fields where they carry a tag).
+
+    Raises:
+        BadSample: there is none, or it has no known tag.
+    """
+    if record.problem:
+        raise BadSample(record.problem)
+    name = next((name for name in _TEXTS[format] if name in record.members), None)
+    if name is None:
+        raise BadSample(f"no member .{' or .'.join(_TEXTS[format])}")
+    offset, length = place = record.members[name]
+    text = os.pread(file.fileno(), length, offset)
+    if format != "tagged":
+        return place, text, None
+    fields = parse_fields(text)
+    check_fields(fields, None, images=0)
+    if fields["task"] not in known_tasks:
+        raise BadSample(f"unknown task {fields['task'][:60]!r}; known are {', '.join(known_tasks)}")
+    return place, text, fields
+
+
+def _untagged_fields(text: bytes, key: str, source: Source) -> dict:
+    """The fields of a sample in a format that carries no tag: the config names the task, the key is the image's id.
+
+    "img2dataset": .txt is one caption. "clip_benchmark": .txt is one caption a line, .cls the number of the class.
+    """
+    try:
+        words = text.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample("the text is not UTF-8") from error
+    fields = {"task": source.task, "image_id": key}
+    if source.kind == "classification":
+        labels = source.labels or ()
+        if not re.fullmatch(r"[0-9]{1,9}", words) or int(words) >= len(labels):
+            raise BadSample(f"member .cls is {words[:20]!r}: expected the number of a class below {len(labels)}")
+        return {**fields, "label": labels[int(words)]}
+    captions = [words] if source.format == "img2dataset" else words.splitlines()
+    return {**fields, "captions": [caption.strip() for caption in captions if caption.strip()]}
+
+
+def _images(record: Record, count: int) -> list[tuple[int, int]]:
+    """The places of a record's images: KEY.png alone, or KEY.0.png, KEY.1.png and so on. Raises BadSample."""
+    names = sorted(name for name in record.members if name.rpartition(".")[2] in IMAGE_EXTENSIONS)
+    if len(names) != count:
+        got = "no image" if not names else "1 image" if len(names) == 1 else f"{len(names)} images"
+        raise BadSample(f"{got}: expected {count} member{'s' * (count != 1)} .{', .'.join(IMAGE_EXTENSIONS)}")
+    return [record.members[name] for name in names]
+
+
+def _may_hold(shard: str, source: Source, known_tasks: Sequence[str]) -> bool:
+    """False where the manifest that `write_shards` left beside the shard lists other known tasks only."""
+    path = Path(shard)
+    name = path.name.rpartition("-")[0]
+    if partial_file(path.parent, name).is_file():
+        raise UserError(f"{partial_file(path.parent, name)}: the writing of these shards broke off or goes on: finish "
+                        "it (resume), or remove that file to use what is there")
+    if source.format != "tagged":
+        return True
+    manifest = path.with_name(f"{name}.manifest.json")
+    tags = _tags(manifest, manifest.stat().st_mtime_ns).get(path.name) if manifest.is_file() else None
+    return tags is None or source.task in tags or not tags <= set(known_tasks)  # an unknown tag is to be met and told
+
+
+@lru_cache(maxsize=16)
+def _tags(manifest: Path, changed: int) -> dict[str, set[str]]:
+    """Which tags each shard holds, by the name of its file; nothing where the manifest cannot be read."""
+    try:
+        return {shard["file"]: set(shard["tasks"]) for shard in json.loads(manifest.read_text("utf-8"))["shards"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _nothing_in(source: Source) -> str:
+    more = " ..." if len(source.files) > 3 else ""
+    return f"no sample of task {source.task!r} in {', '.join(source.files[:3])}{more}"
