@@ -7,13 +7,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vl_mtl_lora"
 # In import order: a file imports only files above it.
-ORDER = ["errors", "config", "routing", "metrics.retrieval", "metrics.vqa", "metrics.caption", "metrics",
+ORDER = ["errors", "sections", "config", "routing", "metrics.retrieval", "metrics.vqa", "metrics.caption",
+         "metrics.classification", "metrics",
          "data.pictures", "data.schema", "data.shards", "data.faults", "data.files", "data.tar", "data.index",
          "data.mixing", "data.stream", "data.examples", "data", "ops", "attention",
          "backbones.generation", "backbones.base", "backbones.roles", "backbones.prefix", "backbones.open_clip_text",
          "backbones.open_clip_dual", "backbones.open_clip_coca", "backbones.open_clip", "backbones.hf_images",
          "backbones.hf_text", "backbones.hf_dual", "backbones.hf_chat_text", "backbones.hf_chat", "backbones.hf",
-         "backbones", "targets", "lora", "tasks.base", "tasks.retrieval", "tasks.vqa", "tasks.captioning", "tasks",
+         "backbones", "targets", "lora", "tasks.base", "tasks.retrieval", "tasks.vqa", "tasks.captioning",
+         "tasks.classification", "tasks.multiple_choice", "tasks.matching", "tasks",
          "model", "memory", "inspection", "checkpoint", "export", "evaluate", "trainer", "bench_loader", "bench_arms",
          "bench", "report", "compare", "quickstart", "", "cli", "__main__"]
 HOMES = {"open_clip": "backbones", "timm": "backbones", "transformers": "backbones", "webdataset": "data"}

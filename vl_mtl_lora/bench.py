@@ -20,11 +20,11 @@ from vl_mtl_lora.backbones import load_backbone
 from vl_mtl_lora.backbones.base import Backbone
 from vl_mtl_lora.bench_arms import frozen_model, merged_model, our_model, peft_lora_model, peft_poly_model
 from vl_mtl_lora.bench_loader import loader_speed
-from vl_mtl_lora.config import RunConfig
 from vl_mtl_lora.data.stream import Batch
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.lora import freeze
 from vl_mtl_lora.model import MultiTaskModel, example_batch
+from vl_mtl_lora.sections import RunConfig
 
 GROWTH = {"tasks": (1, 3, 10, 30, 100), "rank": (8, 16, 64), "num_up": (1, 3, 10)}
 

@@ -14,12 +14,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vl_mtl_lora.config import RunConfig
 from vl_mtl_lora.data.faults import FaultLog
 from vl_mtl_lora.data.index import build_indices
 from vl_mtl_lora.data.pictures import output_side
 from vl_mtl_lora.data.stream import BatchStream, train_batches
 from vl_mtl_lora.model import MultiTaskModel
+from vl_mtl_lora.sections import RunConfig
 from vl_mtl_lora.trainer import build_stream
 
 _BATCHES = 16  # per loader process and round

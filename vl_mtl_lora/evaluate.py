@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vl_mtl_lora.config import RunConfig
 from vl_mtl_lora.data.faults import FaultLog
 from vl_mtl_lora.data.index import TaskIndex, build_indices
 from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.data.stream import eval_batches
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.model import MultiTaskModel
+from vl_mtl_lora.sections import RunConfig
 
 
 @dataclass

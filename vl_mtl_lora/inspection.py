@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from vl_mtl_lora.config import RunConfig
 from vl_mtl_lora.memory import expected_memory
 from vl_mtl_lora.model import MultiTaskModel, build_model, check_gradients
+from vl_mtl_lora.sections import RunConfig
 
 
 def inspect(config: RunConfig) -> Iterator[str]:

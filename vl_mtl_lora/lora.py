@@ -237,8 +237,8 @@ def inject(backbone: Backbone, config: AdapterConfig, router: TaskRouter,
            needs: Set[str] | None = None) -> AdapterSummary:
     """Freezes the backbone and puts an MTL-LoRA layer on every place that a target matches.
 
-    The outputs stay what they were until the first optimizer step. `needs`: the capabilities that will be used, all
-    where None; a layer that none of them reads would never learn and is no place.
+    The outputs stay what they were until the first optimizer step. `needs`: what will be used, capabilities and
+    "images", all where None; a layer that none of them reads would never learn and is no place.
 
     Raises:
         UserError: a target that matches nothing, or a value that the layer refuses.
@@ -246,6 +246,8 @@ def inject(backbone: Backbone, config: AdapterConfig, router: TaskRouter,
     if any(isinstance(module, MTLLoRALinear) for module in backbone.modules()):
         raise UserError("the backbone already has adapters: load it again to inject others")
     places = backbone.places(backbone.capabilities if needs is None else needs)
+    if needs is not None and "images" not in needs:
+        places = [place for place in places if place.tower in backbone.text_towers]
     freeze(backbone)
     names = [place.name for place in places]
     if twice := sorted({name for name in names if names.count(name) > 1}):

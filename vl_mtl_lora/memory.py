@@ -13,9 +13,9 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from vl_mtl_lora.config import RunConfig
 from vl_mtl_lora.lora import MTLLoRALinear
 from vl_mtl_lora.model import MultiTaskModel, example_batch
+from vl_mtl_lora.sections import RunConfig
 
 _BYTES_TRAINED = 16  # per trained parameter in float32: itself, its gradient, Adam's two moments
 

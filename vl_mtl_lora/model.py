@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from vl_mtl_lora.backbones import load_backbone
 from vl_mtl_lora.backbones.base import Backbone
-from vl_mtl_lora.config import RunConfig
 from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.data.stream import Batch
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.lora import AdapterConfig, AdapterSummary, adapter_parameters, inject
 from vl_mtl_lora.routing import TaskRouter
+from vl_mtl_lora.sections import RunConfig
 from vl_mtl_lora.tasks import build_tasks, task_needs
 
 _COLOURS = [("black", "white"), ("navy", "yellow")]  # of the noise in an example batch

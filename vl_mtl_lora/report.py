@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment
 
 from vl_mtl_lora.data.pictures import decode_image
+from vl_mtl_lora.data.schema import in_words
 from vl_mtl_lora.evaluate import Evaluation
 from vl_mtl_lora.metrics.caption import TOKENIZER
 
@@ -64,10 +65,7 @@ def pick_examples(tasks, zero_shot: Mapping[str, Evaluation], adapted: Mapping[s
         before = tasks[name].answers(zero_shot[name].predictions, samples, rows)
         after = tasks[name].answers(evaluation.predictions, samples, rows)
         for i, *said in zip(rows, before, after):
-            fields = samples[i].fields
-            truth = fields.get("answers") or fields.get("captions") or []
-            examples.append(Example(name, images_of(name, evaluation.rows[i]), fields.get("question", ""),
-                                    " / ".join(dict.fromkeys(truth)), *said))
+            examples.append(Example(name, images_of(name, evaluation.rows[i]), *in_words(samples[i].fields), *said))
     return examples
 
 
@@ -175,6 +173,9 @@ def _notes(results: Mapping) -> list[str]:
     if any("CIDEr" in values["adapted"] for values in results["tasks"].values()):
         lines.append(f"CIDEr is CIDEr-D x 100 with document frequencies from the test references; caption tokenizer: "
                      f"{results['caption_tokenizer']}.")
+    if any("AUC" in values["adapted"] for values in results["tasks"].values()):
+        lines.append("AUC, in per cent, is the share of pairs of different labels that the score puts in the right "
+                     "order; zero-shot labels of a matching task are the cosines cut into equal parts.")
     return lines
 
 

@@ -148,6 +148,30 @@ def score_continuations(backbone, states, prompts: Sequence[str], candidates: Se
     return scores
 
 
+@torch.no_grad()
+def score_choices(backbone, states, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> Tensor:
+    """(B, C): the mean log-probability per token of each row's own choices after its prompt, about its image.
+
+    C: the most choices of a row; -inf where a row has fewer, and for a choice without any token.
+    """
+    text = backbone.text
+    ends = [text.ids(of_row) for of_row in choices]
+    starts = text.prompts(prompts, [max(map(len, of_row)) for of_row in ends])
+    scores = torch.full((len(starts), max(map(len, ends))), float("-inf"), device=backbone.device)
+    for column in range(scores.shape[1]):
+        own = [of_row[column] if column < len(of_row) else [] for of_row in ends]
+        places = [(row, len(start) + j - 1, token) for row, (start, end) in enumerate(zip(starts, own))
+                  for j, token in enumerate(end)]
+        rows, at, tokens = torch.tensor(places, device=backbone.device).T
+        full = [[*start, *end[:-1]] for start, end in zip(starts, own)]
+        x = backbone.token_states(states, pad_ids(full, text.pad_id).to(backbone.device))
+        found = F.log_softmax(backbone.logits(x[rows, at]).float(), dim=-1).gather(1, tokens[:, None]).squeeze(1)
+        sizes = torch.tensor([len(end) for end in own], device=backbone.device)
+        sums = torch.zeros(len(starts), device=backbone.device).index_add(0, rows, found)
+        scores[:, column] = torch.where(sizes > 0, sums / sizes, float("-inf"))
+    return scores
+
+
 def pad_ids(rows: Sequence[Sequence[int]], pad_id: int = 0) -> Tensor:
     """Token id lists -> (B, longest), padded on the right."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True, padding_value=pad_id)

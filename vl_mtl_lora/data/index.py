@@ -17,13 +17,13 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from vl_mtl_lora.config import RunConfig
 from vl_mtl_lora.data.faults import Fault, FaultLog
 from vl_mtl_lora.data.files import shard_files
 from vl_mtl_lora.data.schema import IMAGE_EXTENSIONS, Sample, check_fields, parse_fields
 from vl_mtl_lora.data.shards import partial_file
 from vl_mtl_lora.data.tar import Record, read_records
 from vl_mtl_lora.errors import BadSample, UserError, did_you_mean
+from vl_mtl_lora.sections import RunConfig
 
 # The members that describe a sample, by the format of its shards; see `_untagged_fields`.
 _TEXTS = {"tagged": ("json",), "img2dataset": ("txt",), "clip_benchmark": ("txt", "cls")}

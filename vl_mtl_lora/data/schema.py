@@ -152,12 +152,22 @@ def check_key(key: str) -> None:
         raise BadSample(f"key {key!r} is empty or leads out of the shard")
 
 
-def kind_of(fields: Mapping[str, Any]) -> str | None:
-    """The kind whose fields an object has, where no config tells it; None if there is none.
+def in_words(fields: Mapping[str, Any]) -> tuple[str, str]:
+    """(what a good sample of any kind asks, what is right), for people to read."""
+    asked = [fields[name] for name in ("question", "text", "text_pair") if name in fields]
+    if "choices" in fields:
+        return f"{' '.join(asked)} ({', '.join(fields['choices'])})", fields["choices"][fields["answer"]]
+    right = [fields["label"]] if "label" in fields else fields.get("answers") or fields.get("captions") or []
+    return " / ".join(asked), " / ".join(dict.fromkeys(right))
+
+
+def kind_of(fields: Mapping[str, Any], images: int = 1) -> str | None:
+    """The kind whose fields a sample with so many images has, where no config tells it; None if there is none.
 
     Of captions nobody can tell whether they are for retrieval or captioning, unless the tag does.
     """
     if fields.get("task") in _FIELDS:
         return fields["task"]
-    return next((kind for kind in sorted(_FIELDS, key=lambda kind: -len(_FIELDS[kind]))
-                 if fields.keys() >= _FIELDS[kind].keys()), None)
+    needed = {kind: set(_FIELDS[kind]) | set({} if images else _FIELDS_WITHOUT_IMAGE.get(kind, {})) for kind in _FIELDS}
+    return next((kind for kind in sorted(needed, key=lambda kind: -len(needed[kind]))
+                 if fields.keys() >= needed[kind]), None)

@@ -218,7 +218,7 @@ def _record(sample: Mapping[str, Any], key: str, stored: Callable[[Any], tuple[b
     fields, images = split_images(sample)
     if not key or any(c in key for c in "./\\") or key.strip() != key:
         raise BadSample(f"key {key!r} may not be empty or hold . / \\ or outer spaces")
-    check_fields(fields, kind_of(fields) if isinstance(fields.get("task"), str) else None, len(images))
+    check_fields(fields, kind_of(fields, len(images)) if isinstance(fields.get("task"), str) else None, len(images))
     files = [stored(image) for image in images]
     names = ("",) if len(files) == 1 else tuple(f"{i}." for i in range(len(files)))
     try:

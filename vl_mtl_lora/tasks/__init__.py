@@ -5,13 +5,17 @@ from collections.abc import Mapping
 from torch import nn
 
 from vl_mtl_lora.backbones.base import Backbone
-from vl_mtl_lora.config import TaskSection
 from vl_mtl_lora.errors import UserError
+from vl_mtl_lora.sections import TaskSection
 from vl_mtl_lora.tasks.captioning import Captioning
+from vl_mtl_lora.tasks.classification import Classification
+from vl_mtl_lora.tasks.matching import Matching
+from vl_mtl_lora.tasks.multiple_choice import MultipleChoice
 from vl_mtl_lora.tasks.retrieval import Retrieval
 from vl_mtl_lora.tasks.vqa import VQA
 
-KINDS = {"retrieval": Retrieval, "vqa": VQA, "captioning": Captioning}
+KINDS = {"retrieval": Retrieval, "vqa": VQA, "captioning": Captioning, "classification": Classification,
+         "multiple_choice": MultipleChoice, "matching": Matching}
 
 
 def build_tasks(sections: Mapping[str, TaskSection], backbone: Backbone) -> nn.ModuleDict:
@@ -35,5 +39,6 @@ def build_tasks(sections: Mapping[str, TaskSection], backbone: Backbone) -> nn.M
 
 
 def task_needs(tasks: nn.ModuleDict) -> frozenset[str]:
-    """The capabilities of a backbone that any of the tasks uses."""
-    return frozenset().union(*(task.needs for task in tasks.values()))
+    """The capabilities of a backbone that any of the tasks uses, and "images" where any has pictures."""
+    images = {"images"} if any(task.images for task in tasks.values()) else set()
+    return frozenset(images).union(*(task.needs for task in tasks.values()))

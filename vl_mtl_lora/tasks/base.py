@@ -1,15 +1,18 @@
 """What a task is: one file holds its prompt, loss, prediction and metric."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vl_mtl_lora.backbones.base import Backbone, ImageStates, TextCodec
 from vl_mtl_lora.backbones.generation import pad_ids
 from vl_mtl_lora.data.schema import Sample
+
+_KEPT_ROWS = 100_000  # of embeddings
+_TEXTS_AT_ONCE = 1024
 
 
 class Task(Protocol):
@@ -44,6 +47,34 @@ class Task(Protocol):
     def answers(self, predictions: Sequence[Any], samples: Sequence[Sample],
                 rows: Sequence[int]) -> list[tuple[str, bool]]:
         """(what the model said, whether it counts as right) of some rows, for people to read."""
+
+
+class Kept(nn.Module):
+    """Tensors computed once for the length of an evaluation, such as the embeddings of the classes: `train` and `eval`
+    forget them, since the adapters may have changed since."""
+
+    def __init__(self):
+        super().__init__()
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def forward(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returned for the key."""
+        if key not in self._kept:
+            made = make()
+            if sum(map(len, self._kept.values())) + len(made) > _KEPT_ROWS:
+                self._kept.clear()
+            self._kept[key] = made
+        return self._kept[key]
+
+    def train(self, mode: bool = True) -> "Kept":
+        self._kept.clear()
+        return super().train(mode)
+
+
+def embed_texts(backbone: Backbone, texts: Sequence[str]) -> Tensor:
+    """Texts -> (N, E), L2-normalised, some at a time."""
+    tokens = backbone.text.rows(texts).to(backbone.device)
+    return torch.cat([backbone.encode_text(rows) for rows in tokens.split(_TEXTS_AT_ONCE)])
 
 
 def next_token_inputs(text: TextCodec, prompts: Sequence[str], targets: Sequence[str]) -> dict[str, Tensor]:

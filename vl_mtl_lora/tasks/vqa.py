@@ -9,9 +9,8 @@ from torch import nn
 from vl_mtl_lora.backbones.generation import score_continuations
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.metrics.vqa import vqa_accuracy
-from vl_mtl_lora.tasks.base import next_token_inputs, next_token_loss, similarity
+from vl_mtl_lora.tasks.base import Kept, embed_texts, next_token_inputs, next_token_loss, similarity
 
-_CACHED_TEXTS = 100_000  # embeddings of question and answer kept at once in an evaluation
 _CHOICES = 8  # answers that a question is trained to choose among, where its text is ranked
 
 
@@ -50,7 +49,7 @@ class VQA(nn.Module):
             empty = [answer for answer, ids in zip(self.answer_list, self.text.ids(self.answer_list)) if not ids]
             if empty:
                 raise UserError(f"tasks.{name}.answers: {empty[0]!r} has no token in this backbone's vocabulary")
-        self._texts: dict[str, torch.Tensor] = {}
+        self.kept = Kept()
         if self.answer_by == "classification":
             width = backbone.embed_dim
             self.classifier = nn.Linear(3 * width, len(self.answer_list))
@@ -107,7 +106,7 @@ class VQA(nn.Module):
     def predict(self, backbone, states, samples, zero_shot):
         """One answer text per sample."""
         if self.answer_by == "similarity" or zero_shot and self.zero_shot_by_similarity:
-            return self._most_similar(backbone, states, samples, keep=zero_shot)
+            return self._most_similar(backbone, states, samples)
         by = "ranking" if zero_shot and self.answer_list else "generation" if zero_shot else self.answer_by
         if by == "generation":
             return backbone.generate(states, self._prompts(samples), max_new_tokens=self.max_new_tokens)
@@ -118,19 +117,13 @@ class VQA(nn.Module):
             scores = self._classify(backbone, states, tokens)
         return [self.answer_list[i] for i in scores.argmax(dim=1).tolist()]
 
-    def _most_similar(self, backbone, states, samples, keep: bool):
-        """keep: whether texts embedded for one batch hold for the next, since the base does not change."""
-        texts = self._texts if keep else {}
+    def _most_similar(self, backbone, states, samples):
         best = []
         for image, sample in zip(backbone.encode_image(states), samples):
-            question = sample.fields["question"]
-            if question not in texts:  # many samples ask the same
-                if len(texts) * len(self.answer_list) > _CACHED_TEXTS:
-                    texts.clear()
-                tokens = self.text.rows(self._statements(question, self.answer_list))
-                texts[question] = torch.cat([backbone.encode_text(rows.to(backbone.device))
-                                             for rows in tokens.split(1024)])
-            best.append(texts[question] @ image)
+            question = sample.fields["question"]  # many samples ask the same
+            texts = self.kept(question, lambda question=question: embed_texts(
+                backbone, self._statements(question, self.answer_list)))
+            best.append(texts @ image)
         return [self.answer_list[i] for i in torch.stack(best).argmax(dim=1).tolist()]
 
     def score(self, predictions, samples):

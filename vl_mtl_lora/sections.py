@@ -1,0 +1,217 @@
+"""What each section of a config may hold: names, types, defaults and limits."""
+
+import string
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class BackboneConfig(_Strict):
+    """The frozen model. `options` go to the library's loader: see the `load` function in backbones/<library>.py."""
+
+    library: str = "open_clip"
+    name: str = Field(min_length=1)
+    pretrained: str | None = None  # tag or checkpoint file
+    options: dict[str, Any] = {}
+
+
+class AdapterSection(_Strict):
+    """Hyperparameters of the MTL-LoRA layers; see `lora.MTLLoRALinear` and `lora.AdapterConfig`."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    num_up: int = Field(3, ge=1)
+    temperature: float = Field(0.5, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    transform: Literal["full", "diagonal"] = "full"
+    targets: list[str] = Field(["*"], min_length=1)
+
+
+class CommonTaskSection(_Strict):
+    """What every task has. Shards are paths, globs, brace ranges or URLs; relative paths are relative to the config."""
+
+    least_rows: ClassVar[int] = 1  # of every batch, whatever the mixing
+    rows: int = Field(16, ge=1)  # of every batch
+    weight: float = Field(1.0, ge=0)  # of this task's loss in the sum
+    train: list[str] = Field(min_length=1)
+    valid: list[str] = []  # for periodic evaluation and the choice of the best checkpoint
+    test: list[str] = []  # for `evaluate` and `compare`
+    format: Literal["tagged", "img2dataset", "clip_benchmark"] = "tagged"
+    augment: bool | dict[str, Any] = False  # the library's training augmentation, or that with options of its own
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_many(cls, data):
+        if isinstance(data, dict):
+            data = {k: [v] if k in ("train", "valid", "test") and isinstance(v, str) else v for k, v in data.items()}
+        return data
+
+
+class RetrievalSection(CommonTaskSection):
+    kind: Literal["retrieval"] = "retrieval"
+    images: ClassVar[int] = 1  # of each sample
+    least_rows: ClassVar[int] = 2  # one has no negative
+    rows: int = Field(32, ge=2)
+    augment: bool | dict[str, Any] = True
+    loss: Literal["softmax", "sigmoid"] | None = None  # CLIP's or SigLIP's; default: the base's
+    scale: float | None = Field(None, gt=0, le=100)  # of similarities at start, then learned; default: the base's
+
+
+class VQASection(CommonTaskSection):
+    kind: Literal["vqa"] = "vqa"
+    images: ClassVar[int] = 1  # of each sample
+    answers: list[str] | str = []  # the closed answer list, if there is one, or a text file with one a line
+    answer_by: Literal["ranking", "generation", "classification"] | None = None  # default: ranking if `answers`
+    prompt: str | None = None  # default: the backbone's
+    zero_shot_prompt: str = "{question} {answer}"
+    max_new_tokens: int = Field(10, ge=1)
+    metric: Literal["official", "lenient"] = "official"
+
+    @model_validator(mode="after")
+    def _needs_answers(self):
+        if self.answer_by in ("ranking", "classification") and not self.answers:
+            raise ValueError(f"answer_by: {self.answer_by} needs the list `answers`")
+        if self.prompt is not None:
+            _check_template("prompt", self.prompt, "question")
+        _check_template("zero_shot_prompt", self.zero_shot_prompt, "question", "answer")
+        return self
+
+
+def _check_template(name: str, template: str, *fields: str) -> None:
+    used = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+    if used != set(fields):
+        raise ValueError(f"{name} must contain {' and '.join('{' + f + '}' for f in fields)} and no other field")
+
+
+class CaptioningSection(CommonTaskSection):
+    kind: Literal["captioning"] = "captioning"
+    images: ClassVar[int] = 1  # of each sample
+    prompt: str | None = None  # default: the backbone's
+    max_new_tokens: int = Field(20, ge=1)
+    num_beams: int = Field(3, ge=1)
+
+
+class ClassificationSection(CommonTaskSection):
+    kind: Literal["classification"] = "classification"
+    images: Literal[0, 1] = 1
+    labels: list[str] | str = Field(min_length=1)  # the classes' names, or a text file with one a line
+    templates: list[str] = Field(["a photo of a {label}."], min_length=1)
+    negatives: int = Field(64, ge=2)  # classes that a sample is trained to choose among
+
+    @model_validator(mode="after")
+    def _templates_fit(self):
+        for template in self.templates:
+            _check_template("templates", template, "label")
+        return self
+
+
+class MultipleChoiceSection(CommonTaskSection):
+    kind: Literal["multiple_choice"] = "multiple_choice"
+    images: Literal[0, 1] = 1
+    answer_by: Literal["ranking", "similarity"] | None = None  # default: ranking where there is an image and a decoder
+    prompt: str | None = None  # default: the backbone's
+    zero_shot_prompt: str = "{question} {answer}"
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.answer_by == "ranking" and not self.images:
+            raise ValueError("answer_by: ranking needs an image; without, choices are compared by similarity")
+        if self.prompt is not None:
+            _check_template("prompt", self.prompt, "question")
+        _check_template("zero_shot_prompt", self.zero_shot_prompt, "question", "answer")
+        return self
+
+
+class MatchingSection(CommonTaskSection):
+    kind: Literal["matching"] = "matching"
+    images: Literal[0, 1, 2] = 1  # 0: text is held against text_pair
+    labels: list[str] | str = Field(min_length=1)  # from the least to the best match; or a text file with one a line
+
+
+TASK_SECTIONS = {"retrieval": RetrievalSection, "vqa": VQASection, "captioning": CaptioningSection,
+          "classification": ClassificationSection, "multiple_choice": MultipleChoiceSection,
+          "matching": MatchingSection}
+TaskSection = Annotated[RetrievalSection | VQASection | CaptioningSection | ClassificationSection
+                        | MultipleChoiceSection | MatchingSection, Field(discriminator="kind")]
+
+
+class MixingSection(_Strict):
+    """How many rows of a batch each task gets; see `data.mixing.expected_rows`."""
+
+    by: Literal["quotas", "proportional", "temperature", "weights"] = "quotas"  # quotas: tasks.NAME.rows
+    rows: int | None = Field(None, ge=1)  # of a batch, unless by quotas; default: the sum of the quotas
+    temperature: float | None = Field(None, ge=1)
+    cap: int | None = Field(None, ge=1)  # larger tasks count as if they had so many samples
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}  # by task
+
+    @model_validator(mode="after")
+    def _fits(self):
+        of = {"rows": ("proportional", "temperature", "weights"), "temperature": ("temperature",),
+              "cap": ("temperature",), "weights": ("weights",)}
+        for name, kinds in of.items():
+            if getattr(self, name) and self.by not in kinds:
+                raise ValueError(f"{name} belongs to by: {' or '.join(kinds)}, not to by: {self.by}")
+        for name in ("temperature", "weights"):
+            if self.by == name and not getattr(self, name):
+                raise ValueError(f"by: {name} needs {name}")
+        return self
+
+
+class DataSection(_Strict):
+    workers: int = Field(0, ge=0)  # loader processes; the order of samples does not depend on it
+    mixing: MixingSection = MixingSection()
+    shuffle: int = Field(100_000, ge=1)  # samples of each window in which a task's order is shuffled
+    cache: str = "~/.cache/vl_mtl_lora"  # folder for copies of remote and of compressed shards
+    allow_pipe: bool = False  # run the shell commands of "pipe:COMMAND" shards
+    max_fault_share: float = Field(0.01, ge=0, le=1)  # of a task's samples; more broken ones end the run
+    ignore_tasks: list[str] = []  # tags that may occur in the shards and are passed over
+    eval_batch: int = Field(64, ge=1)  # rows
+
+
+class TrainSection(_Strict):
+    steps: int = Field(1000, ge=1)  # optimizer steps
+    lr: float = Field(3e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)  # of A and B; Lambda, mix and heads take none
+    warmup: int = Field(50, ge=0)  # steps of linear warm-up, then cosine to zero
+    clip: float = Field(1.0, gt=0)  # largest gradient norm
+    accumulate: int = Field(1, ge=1)  # batches per optimizer step
+    precision: Literal["float32", "bf16"] = "float32"
+    checkpointing: bool = False  # recompute blocks in the backward pass to save memory
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(10, ge=1)
+    eval_every: int = Field(0, ge=0)  # steps between evaluations on the valid shards; 0: only at the end
+    eval_samples: int = Field(500, ge=1)  # of each task
+    save_every: int = Field(500, ge=1)  # steps between saves of the last checkpoint
+
+
+class RunConfig(_Strict):
+    """One experiment."""
+
+    out: str  # the run's folder
+    backbone: BackboneConfig
+    adapter: AdapterSection = AdapterSection()
+    tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], TaskSection] = Field(min_length=1)
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_from_name(cls, data):
+        tasks = data.get("tasks") if isinstance(data, dict) else None
+        if isinstance(tasks, dict):  # a task called vqa is of kind vqa
+            tasks = {name: {"kind": name, **task} if isinstance(task, dict) and name in TASK_SECTIONS else task
+                     for name, task in tasks.items()}
+            data = {**data, "tasks": tasks}
+        return data
+
+    @model_validator(mode="after")
+    def _weights_fit(self):
+        weights = self.data.mixing.weights
+        if weights and weights.keys() != self.tasks.keys():
+            raise ValueError(f"data.mixing.weights names the tasks {', '.join(weights)}; expected each of "
+                             f"{', '.join(self.tasks)}")
+        return self

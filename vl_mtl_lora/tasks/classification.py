@@ -1,0 +1,72 @@
+"""Classification by the text tower: the class whose description is most similar to the image, or to the text."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vl_mtl_lora.metrics.classification import mean_per_class_accuracy, topk_accuracy
+from vl_mtl_lora.tasks.base import Kept, embed_texts, similarity
+
+_BEST = 5  # classes kept of each prediction
+
+
+class Classification(nn.Module):
+    """CLIP's zero-shot classifier (arXiv 2103.00020, section 3.1), and the same with adapters in both towers.
+
+    A class is the normalised mean of its templates' embeddings. Trained by cross-entropy among the classes of a batch
+    and others drawn at random, `negatives` in all, each described by one template.
+    Head: `log_scale`, the logarithm of the similarities' scale.
+    """
+
+    kind = "classification"
+    needs = frozenset({"embed"})
+    primary = "accuracy@1"
+
+    def __init__(self, name, section, backbone):
+        super().__init__()
+        self.name, self.images = name, section.images
+        self.text = backbone.text
+        self.classes, self.templates, self.negatives = list(section.labels), list(section.templates), section.negatives
+        self.numbers = {label: i for i, label in enumerate(self.classes)}
+        self.example = {"label": self.classes[0], "text": "a picture of something red"}
+        self.log_scale = nn.Parameter(torch.tensor(backbone.log_scale))
+        self.kept = Kept()
+
+    def collate(self, samples, rng):
+        """tokens (C, L): a description of each class to choose among. labels (B,): which of them is right. Without
+        images also queries (B, L)."""
+        own = list(dict.fromkeys(s.fields["label"] for s in samples))
+        others = [label for label in self.classes if label not in set(own)]
+        classes = own + rng.sample(others, min(len(others), max(0, self.negatives - len(own))))
+        place = {label: i for i, label in enumerate(classes)}
+        inputs = {"tokens": self.text.rows([rng.choice(self.templates).format(label=label) for label in classes]),
+                  "labels": torch.tensor([place[s.fields["label"]] for s in samples])}
+        return inputs if self.images else {**inputs, "queries": self.text.rows([s.fields["text"] for s in samples])}
+
+    def loss(self, backbone, states, inputs):
+        classes = backbone.encode_text(inputs["tokens"])
+        query = backbone.encode_image(states) if self.images else backbone.encode_text(inputs["queries"])
+        return F.cross_entropy(self.log_scale.exp() * similarity(query, classes.T), inputs["labels"])
+
+    def predict(self, backbone, states, samples, zero_shot):
+        """The numbers of the five likeliest classes of each sample, best first."""
+        classes = self.kept("classes", lambda: self._class_embeddings(backbone))
+        if self.images:
+            query = backbone.encode_image(states)
+        else:
+            query = embed_texts(backbone, [s.fields["text"] for s in samples])
+        return similarity(query, classes.T).topk(min(_BEST, len(self.classes)), dim=1).indices.tolist()
+
+    def _class_embeddings(self, backbone):
+        texts = [template.format(label=label) for label in self.classes for template in self.templates]
+        return F.normalize(embed_texts(backbone, texts).unflatten(0, (len(self.classes), -1)).mean(dim=1), dim=-1)
+
+    def score(self, predictions, samples):
+        labels = [self.numbers[s.fields["label"]] for s in samples]
+        return {"accuracy@1": topk_accuracy(predictions, labels, 1),
+                "accuracy@5": topk_accuracy(predictions, labels, 5),
+                "mean_per_class": mean_per_class_accuracy([best for best, *_ in predictions], labels)}
+
+    def answers(self, predictions, samples, rows):
+        said = [self.classes[predictions[i][0]] for i in rows]
+        return [(label, label == samples[i].fields["label"]) for label, i in zip(said, rows)]

@@ -1,0 +1,97 @@
+"""Multiple choice: each question comes with choices of its own, one of which is right."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vl_mtl_lora.backbones.generation import score_choices
+from vl_mtl_lora.tasks.base import embed_texts, next_token_inputs, next_token_loss, similarity
+
+
+class MultipleChoice(nn.Module):
+    """How a choice is made (`answer_by`):
+
+    ranking:    the likeliest after the question, by mean log-probability per token of the decoder.
+    similarity: the one whose text with the question is most similar to the image; without images, the one most similar
+                to the question.
+
+    Zero-shot: the same with adapters off, but by similarity where the base itself was not trained to write.
+    """
+
+    kind = "multiple_choice"
+    primary = "accuracy"
+    example = {"question": "what color is the circle in the picture?", "choices": ["red", "dark blue"], "answer": 0,
+               "question_id": 0}
+
+    def __init__(self, name, section, backbone):
+        super().__init__()
+        self.name, self.images = name, section.images
+        self.text = backbone.text
+        can_rank = bool(section.images) and "generate" in backbone.capabilities
+        self.answer_by = section.answer_by or ("ranking" if can_rank else "similarity")
+        self.needs = frozenset({"generate"} if self.answer_by == "ranking" else {"embed"})
+        self.zero_shot_by_similarity = not backbone.writes and "embed" in backbone.capabilities
+        self.prompt = backbone.prompts["vqa"] if section.prompt is None else section.prompt
+        self.zero_shot_prompt = section.zero_shot_prompt
+        if self.answer_by == "similarity":
+            self.log_scale = nn.Parameter(torch.tensor(backbone.log_scale))
+
+    def _prompts(self, samples):
+        return [self.prompt.format(question=s.fields["question"]) for s in samples]
+
+    def _statements(self, samples):
+        """The text of each choice of each sample, in a row."""
+        form = self.zero_shot_prompt if self.images else "{answer}"
+        return [form.format(question=s.fields["question"], answer=choice)
+                for s in samples for choice in s.fields["choices"]]
+
+    def collate(self, samples, rng):
+        """By similarity: tokens (N, L) of all choices, places (B, C): see `_places`, labels (B,); without images also
+        queries (B, L)."""
+        if self.answer_by == "ranking":
+            return next_token_inputs(self.text, self._prompts(samples),
+                                     [s.fields["choices"][s.fields["answer"]] for s in samples])
+        inputs = {"tokens": self.text.rows(self._statements(samples)), "places": _places(samples),
+                  "labels": torch.tensor([s.fields["answer"] for s in samples])}
+        return inputs if self.images else {**inputs, "queries": self.text.rows([s.fields["question"] for s in samples])}
+
+    def loss(self, backbone, states, inputs):
+        if self.answer_by == "ranking":
+            return next_token_loss(backbone, states, inputs)
+        query = backbone.encode_image(states) if self.images else backbone.encode_text(inputs["queries"])
+        scores = _similarities(query, backbone.encode_text(inputs["tokens"]), inputs["places"])
+        return F.cross_entropy(self.log_scale.exp() * scores, inputs["labels"])
+
+    def predict(self, backbone, states, samples, zero_shot):
+        """The number of one choice per sample."""
+        if self.answer_by == "ranking" and not (zero_shot and self.zero_shot_by_similarity):
+            return score_choices(backbone, states, self._prompts(samples),
+                                 [s.fields["choices"] for s in samples]).argmax(dim=1).tolist()
+        if self.images:
+            query = backbone.encode_image(states)
+        else:
+            query = embed_texts(backbone, [s.fields["question"] for s in samples])
+        choices = embed_texts(backbone, self._statements(samples))
+        return _similarities(query, choices, _places(samples).to(query.device)).argmax(dim=1).tolist()
+
+    def score(self, predictions, samples):
+        right = [prediction == s.fields["answer"] for prediction, s in zip(predictions, samples)]
+        return {"accuracy": 100.0 * sum(right) / len(right)}
+
+    def answers(self, predictions, samples, rows):
+        return [(samples[i].fields["choices"][predictions[i]], predictions[i] == samples[i].fields["answer"])
+                for i in rows]
+
+
+def _places(samples) -> torch.Tensor:
+    """(B, C): where the choices of each sample lie in a row of them all; -1 where a sample has fewer than C."""
+    counts = [len(s.fields["choices"]) for s in samples]
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    return torch.tensor([[start + j if j < count else -1 for j in range(max(counts))]
+                         for start, count in zip(starts, counts)])
+
+
+def _similarities(query, choices, places):
+    """(B, C) similarities of queries (B, E) and their own of the choices (N, E); -inf where there is none."""
+    own = choices[places.clamp(min=0)]  # (B, C, E)
+    return similarity(own, query.unsqueeze(2)).squeeze(2).masked_fill(places < 0, float("-inf"))
