@@ -3,26 +3,28 @@
 Writes easy-vqa-{vqa,captioning}-{train,valid,test}-*.tar with a manifest each. "valid" holds out the last 200 training
 pictures; "test" is the official test split. Captions are derived from the questions and answers.
 
-    python data_scripts/easy_vqa_to_shards.py shards/
+    python data_scripts/easy_vqa_to_shards.py shards
 """
 
-import argparse
-import sys
+from collections.abc import Iterator
 
-from vl_mtl_lora.data.examples import write_easy_vqa
-from vl_mtl_lora.errors import UserError
+from convert import argument_parser, command, convert
+
+from vl_mtl_lora.data import examples
+
+SOURCE = "easy-vqa, https://github.com/vzhou842/easy-VQA"
+LICENCE = "MIT"
+SPLITS = [f"{task}-{split}" for split in ("train", "valid", "test") for task in ("vqa", "captioning")]
 
 
+def samples(split: str) -> Iterator[dict]:
+    task, _, split = split.partition("-")
+    return examples.easy_vqa_samples(split) if task == "vqa" else examples.easy_vqa_caption_samples(split)
+
+
+@command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", help="folder for the shards")
-    parser.add_argument("--samples-per-shard", type=int, default=2000)
-    args = parser.parse_args()
-    try:
-        write_easy_vqa(args.out, samples_per_shard=args.samples_per_shard)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print(f"wrote {args.out}")
+    convert(argument_parser(__doc__, "easy-vqa", SPLITS, source=None).parse_args(), samples, SOURCE, LICENCE)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def workplace(tmp_path_factory, monkeypatch_module):
 @pytest.mark.parametrize("command", commands())
 def test_readme_command(command, workplace, monkeypatch, capfd):
     monkeypatch.chdir(workplace)
+    monkeypatch.syspath_prepend("data_scripts")  # as python does for a script
     words = shlex.split(command)
     if words[0] == "vl-mtl-lora":
         words += SMALL.get(words[1], [])

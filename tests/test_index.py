@@ -262,8 +262,19 @@ def test_clip_benchmark_s_classes_are_numbers_of_the_labels(tmp_path):
 
 
 def test_no_sample_of_a_task_is_an_error(tiny_shards):
-    with pytest.raises(UserError, match="no sample of task 'vqq'"):
+    with pytest.raises(UserError, match="no sample with the tag 'vqq'"):
         index_of(*sorted(tiny_shards.glob("*.tar")), task="vqq", kind="vqa", known=[*TASKS, "vqq"])
+
+
+def test_two_tasks_may_have_one_tag_each_in_its_shards(tiny_config, tmp_path):
+    data = tiny_config().model_dump()
+    for i, name in enumerate(("here", "there")):
+        write_shards([{**vqa(10 * i + j), "image": png()} for j in range(3 + i)], tmp_path, name=name)
+        data["tasks"][name] = {**data["tasks"]["vqa"], "tag": "vqa", "train": [str(tmp_path / f"{name}-*.tar")]}
+    data["tasks"] = {name: data["tasks"][name] for name in ("here", "there")}
+    indices = build_indices(parse_config(data), "train", FaultLog(0.0))
+    assert {name: [s.fields["question_id"] for s in samples_of(index)] for name, index in indices.items()} == {
+        "here": [0, 1, 2], "there": [10, 11, 12, 13]}
 
 
 def test_a_config_s_patterns_are_scanned_and_named_in_errors(tiny_config, tiny_shards):

@@ -34,6 +34,7 @@ class AdapterSection(_Strict):
 class CommonTaskSection(_Strict):
     """What every task has. Shards are paths, globs, brace ranges or URLs; relative paths are relative to the config."""
 
+    tag: str | None = Field(None, min_length=1)  # of the task's samples in the shards; default: the task's name
     least_rows: ClassVar[int] = 1  # of every batch, whatever the mixing
     rows: int = Field(16, ge=1)  # of every batch
     weight: float = Field(1.0, ge=0)  # of this task's loss in the sum
@@ -54,6 +55,7 @@ class CommonTaskSection(_Strict):
 class RetrievalSection(CommonTaskSection):
     kind: Literal["retrieval"] = "retrieval"
     images: ClassVar[int] = 1  # of each sample
+    tag: str | None = Field(None, min_length=1)  # of the task's samples in the shards; default: the task's name
     least_rows: ClassVar[int] = 2  # one has no negative
     rows: int = Field(32, ge=2)
     augment: bool | dict[str, Any] = True

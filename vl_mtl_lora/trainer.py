@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vl_mtl_lora.checkpoint import load_checkpoint, load_resume, save_checkpoint
-from vl_mtl_lora.config import RunConfig, dump_config
+from vl_mtl_lora.config import RunConfig, dump_config, parse_config
 from vl_mtl_lora.data.faults import FaultLog
 from vl_mtl_lora.data.index import TaskIndex, build_indices
 from vl_mtl_lora.data.mixing import expected_rows
@@ -67,7 +67,7 @@ def train(config: RunConfig, resume: bool = False,
     if resume:
         description = load_checkpoint(last, model)
         step = description["step"]
-        _check_resumable(description["config"], config)
+        _check_resumable(parse_config(description["config"]), config)
         _restore(load_resume(last), model, optimizer, schedule, step)
         if step >= section.steps:
             log.warning("%s already has %d of %d steps", out, step, section.steps)
@@ -144,17 +144,15 @@ def train(config: RunConfig, resume: bool = False,
     return out
 
 
-def _check_resumable(saved: dict, config: RunConfig) -> None:
+def _check_resumable(saved: RunConfig, config: RunConfig) -> None:
     """What decides the order of samples must be as it was, or the stream would go on at another place."""
-    now = config.model_dump()
-
     def settings(data: dict) -> dict:
         return {"train.seed": data["train"]["seed"], "train.accumulate": data["train"]["accumulate"],
                 "data.shuffle": data["data"]["shuffle"], "data.mixing": data["data"]["mixing"],
                 **{f"tasks.{name}.{key}": task[key] for name, task in data["tasks"].items()
-                   for key in ("kind", "rows", "train", "format", "augment")}}
+                   for key in ("kind", "tag", "rows", "train", "format", "augment")}}
 
-    before, after = settings(saved), settings(now)
+    before, after = settings(saved.model_dump()), settings(config.model_dump())
     for key in before:
         if before[key] != after.get(key):
             raise UserError(f"{key} was {before[key]} in the run to resume and is {after.get(key)} now: set it back "

@@ -33,8 +33,9 @@ _TEXTS = {"tagged": ("json",), "img2dataset": ("txt",), "clip_benchmark": ("txt"
 class Source:
     """Where one task's samples come from.
 
-    task, kind: its tag and kind. files: shards. format: "tagged" (this package's), "img2dataset", "clip_benchmark".
-    images: how many each sample has. labels: those that may occur, None for any.
+    task, kind: its name and kind. files: shards. format: "tagged" (this package's), "img2dataset", "clip_benchmark".
+    images: how many each sample has. labels: those that may occur, None for any. tag: of its samples in the shards,
+    None for the task's name.
     """
 
     task: str
@@ -43,6 +44,11 @@ class Source:
     format: str = "tagged"
     images: int = 1
     labels: tuple[str, ...] | None = None
+    tag: str | None = None
+
+    def wants(self, tag: str) -> bool:
+        """Whether samples of a tag are the task's."""
+        return tag == (self.tag or self.task)
 
 
 class TaskIndex:
@@ -143,8 +149,9 @@ def build_indices(config: RunConfig, split: str, faults: FaultLog) -> dict[str, 
         if files:
             labels = getattr(section, "labels", None)
             sources.append(Source(name, section.kind, files, section.format, section.images,
-                                  None if labels is None else tuple(labels)))
-    indices = index_sources(sources, [*config.tasks, *config.data.ignore_tasks], faults)
+                                  None if labels is None else tuple(labels), section.tag))
+    tags = [section.tag or name for name, section in config.tasks.items()]
+    indices = index_sources(sources, [*tags, *config.data.ignore_tasks], faults)
     return {index.source.task: index for index in indices}
 
 
@@ -192,7 +199,7 @@ def _scan(shard: str, readers: list[_Found], known_tasks: Sequence[str], faults:
                 count("record", record.key, problem)
                 continue
             count("record")
-            for reader in [r for r in readers if fields is None or r.source.task == fields["task"]]:
+            for reader in [r for r in readers if fields is None or r.source.wants(fields["task"])]:
                 try:
                     reader.add(record, place, fields or _untagged_fields(text, record.key, reader.source))
                 except BadSample as problem:
@@ -262,7 +269,9 @@ def _may_hold(shard: str, source: Source, known_tasks: Sequence[str]) -> bool:
         return True
     manifest = path.with_name(f"{name}.manifest.json")
     tags = _tags(manifest, manifest.stat().st_mtime_ns).get(path.name) if manifest.is_file() else None
-    return tags is None or source.task in tags or not tags <= set(known_tasks)  # an unknown tag is to be met and told
+    if tags is None or not tags <= set(known_tasks):  # an unknown tag is to be met and told
+        return True
+    return any(map(source.wants, tags))
 
 
 @lru_cache(maxsize=16)
@@ -276,4 +285,4 @@ def _tags(manifest: Path, changed: int) -> dict[str, set[str]]:
 
 def _nothing_in(source: Source) -> str:
     more = " ..." if len(source.files) > 3 else ""
-    return f"no sample of task {source.task!r} in {', '.join(source.files[:3])}{more}"
+    return f"no sample with the tag {source.tag or source.task!r} in {', '.join(source.files[:3])}{more}"

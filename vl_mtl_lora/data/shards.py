@@ -215,10 +215,9 @@ def checksum(file: Path) -> str:
 
 
 def _record(sample: Mapping[str, Any], key: str, stored: Callable[[Any], tuple[bytes, str]]) -> dict[str, Any]:
-    fields, images = split_images(sample)
+    fields, images = check_sample(sample)
     if not key or any(c in key for c in "./\\") or key.strip() != key:
         raise BadSample(f"key {key!r} may not be empty or hold . / \\ or outer spaces")
-    check_fields(fields, kind_of(fields, len(images)) if isinstance(fields.get("task"), str) else None, len(images))
     files = [stored(image) for image in images]
     names = ("",) if len(files) == 1 else tuple(f"{i}." for i in range(len(files)))
     try:
@@ -229,14 +228,18 @@ def _record(sample: Mapping[str, Any], key: str, stored: Callable[[Any], tuple[b
             **{name + extension: data for name, (data, extension) in zip(names, files)}, "json": text}
 
 
-def split_images(sample: Mapping[str, Any]) -> tuple[dict, list]:
-    """What `write_shards` takes -> (the fields of its JSON object, its images). Raises BadSample."""
+def check_sample(sample: Mapping[str, Any]) -> tuple[dict, list]:
+    """What `write_shards` takes -> (the fields of its JSON object, its images, not looked at). Raises BadSample.
+
+    The tag may be any name: the kind is the tag, or what the fields tell.
+    """
     fields = {k: v for k, v in sample.items() if k not in ("image", "images", "key")}
     if "image" in sample and "images" in sample:
         raise BadSample("fields image and images exclude each other")
     images = sample["images"] if "images" in sample else [sample["image"]] if "image" in sample else []
     if not isinstance(images, list | tuple):
         raise BadSample(f"field images is not a list: {type(images).__name__}")
+    check_fields(fields, kind_of(fields, len(images)) if isinstance(fields.get("task"), str) else None, len(images))
     return fields, list(images)
 
 
