@@ -9,8 +9,10 @@ PACKAGE = Path(__file__).parents[1] / "vl_mtl_lora"
 # In import order: a file imports only files above it.
 ORDER = ["errors", "sections", "config", "routing", "metrics.retrieval", "metrics.vqa", "metrics.caption",
          "metrics.classification", "metrics",
-         "data.pictures", "data.schema", "data.shards", "data.faults", "data.files", "data.tar", "data.index",
-         "data.mixing", "data.stream", "data.examples", "data", "ops", "attention",
+         "data.pictures", "data.schema", "data.shards", "data.faults", "data.files", "data.tar",
+         "data.records", "data.index",
+         "data.mixing", "data.stream",
+         "data.survey", "data.contact_sheet", "data.examples", "data", "ops", "attention",
          "backbones.generation", "backbones.base", "backbones.roles", "backbones.prefix", "backbones.open_clip_text",
          "backbones.open_clip_dual", "backbones.open_clip_coca", "backbones.open_clip", "backbones.hf_images",
          "backbones.hf_text", "backbones.hf_dual", "backbones.hf_chat_text", "backbones.hf_chat", "backbones.hf",

@@ -6,7 +6,6 @@ sample is read at its place, so that order, length and resuming need nothing of 
 
 import json
 import os
-import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +18,12 @@ from tqdm import tqdm
 
 from vl_mtl_lora.data.faults import Fault, FaultLog
 from vl_mtl_lora.data.files import shard_files
-from vl_mtl_lora.data.schema import IMAGE_EXTENSIONS, Sample, check_fields, parse_fields
+from vl_mtl_lora.data.records import Place, description, image_places, tagged_fields, untagged_fields
+from vl_mtl_lora.data.schema import IMAGE_EXTENSIONS, Sample, check_fields
 from vl_mtl_lora.data.shards import partial_file
 from vl_mtl_lora.data.tar import Record, read_records
 from vl_mtl_lora.errors import BadSample, UserError, did_you_mean
 from vl_mtl_lora.sections import RunConfig
-
-# The members that describe a sample, by the format of its shards; see `_untagged_fields`.
-_TEXTS = {"tagged": ("json",), "img2dataset": ("txt",), "clip_benchmark": ("txt", "cls")}
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,10 @@ class Source:
     def wants(self, tag: str) -> bool:
         """Whether samples of a tag are the task's."""
         return tag == (self.tag or self.task)
+
+    def untagged_fields(self, text: bytes, key: str) -> dict:
+        """As `records.untagged_fields`."""
+        return untagged_fields(text, key, self.task, self.kind, self.format, self.labels)
 
 
 class TaskIndex:
@@ -75,7 +76,7 @@ class TaskIndex:
         """
         key, (shard, changed) = self.key(row), self._shard(row)
         text, *images = _read(shard, changed, self._places[row].tolist())
-        fields = json.loads(text) if self.source.format == "tagged" else _untagged_fields(text, key, self.source)
+        fields = json.loads(text) if self.source.format == "tagged" else self.source.untagged_fields(text, key)
         return Sample(fields, tuple(images), key, shard, epoch)
 
     def key(self, row: int) -> str:
@@ -166,9 +167,13 @@ class _Found:
         self.keys: list[str] = []
         self.places = array("q")
 
-    def add(self, record: Record, text: tuple[int, int], fields: dict) -> None:
+    def add(self, record: Record, text: Place, fields: dict) -> None:
         """Raises BadSample for what is no sample of the task."""
-        images = _images(record, self.source.images)
+        images = image_places(record)
+        if len(images) != self.source.images:
+            got = f"{len(images) or 'no'} image{'s' * (len(images) > 1)}"
+            raise BadSample(f"{got}: expected {self.source.images} member{'s' * (self.source.images != 1)} ."
+                            + ", .".join(IMAGE_EXTENSIONS))
         check_fields(fields, self.source.kind, self.source.images)
         if self.labels is not None and fields["label"] not in self.labels:
             raise BadSample(f"label {fields['label'][:60]!r} is none of the task's"
@@ -192,70 +197,29 @@ def _scan(shard: str, readers: list[_Found], known_tasks: Sequence[str], faults:
         for reader in readers:
             reader.shards.append((shard, os.fstat(file.fileno()).st_mtime_ns))
             reader.sizes.append(0)
+        tagged = readers[0].source.format == "tagged"
         for record in read_records(file):
+            place, fields = None, None
             try:
-                place, text, fields = _text(file, record, readers[0].source.format, known_tasks)
+                if tagged:
+                    place, text = description(file, record, "tagged")
+                    fields = tagged_fields(text, known_tasks)
+                elif record.problem:
+                    raise BadSample(record.problem)
             except BadSample as problem:
                 count("record", record.key, problem)
                 continue
             count("record")
-            for reader in [r for r in readers if fields is None or r.source.wants(fields["task"])]:
+            for reader in [r for r in readers if not tagged or r.source.wants(fields["task"])]:
                 try:
-                    reader.add(record, place, fields or _untagged_fields(text, record.key, reader.source))
+                    if not tagged:
+                        place, text = description(file, record, reader.source.format, reader.source.kind)
+                        fields = reader.source.untagged_fields(text, record.key)
+                    reader.add(record, place, fields)
                 except BadSample as problem:
                     count("sample", record.key, problem, [reader])
                 else:
                     count("sample", by=[reader])
-
-
-def _text(file: BinaryIO, record: Record, format: str, known_tasks) -> tuple[tuple[int, int], bytes, dict | None]:
-    """(place of the member that describes a record, its bytes, its fields where they carry a tag).
-
-    Raises:
-        BadSample: there is none, or it has no known tag.
-    """
-    if record.problem:
-        raise BadSample(record.problem)
-    name = next((name for name in _TEXTS[format] if name in record.members), None)
-    if name is None:
-        raise BadSample(f"no member .{' or .'.join(_TEXTS[format])}")
-    offset, length = place = record.members[name]
-    text = os.pread(file.fileno(), length, offset)
-    if format != "tagged":
-        return place, text, None
-    fields = parse_fields(text)
-    check_fields(fields, None, images=0)
-    if fields["task"] not in known_tasks:
-        raise BadSample(f"unknown task {fields['task'][:60]!r}; known are {', '.join(known_tasks)}")
-    return place, text, fields
-
-
-def _untagged_fields(text: bytes, key: str, source: Source) -> dict:
-    """The fields of a sample in a format that carries no tag: the config names the task, the key is the image's id.
-
-    "img2dataset": .txt is one caption. "clip_benchmark": .txt is one caption a line, .cls the number of the class.
-    """
-    try:
-        words = text.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise BadSample("the text is not UTF-8") from error
-    fields = {"task": source.task, "image_id": key}
-    if source.kind == "classification":
-        labels = source.labels or ()
-        if not re.fullmatch(r"[0-9]{1,9}", words) or int(words) >= len(labels):
-            raise BadSample(f"member .cls is {words[:20]!r}: expected the number of a class below {len(labels)}")
-        return {**fields, "label": labels[int(words)]}
-    captions = [words] if source.format == "img2dataset" else words.splitlines()
-    return {**fields, "captions": [caption.strip() for caption in captions if caption.strip()]}
-
-
-def _images(record: Record, count: int) -> list[tuple[int, int]]:
-    """The places of a record's images: KEY.png alone, or KEY.0.png, KEY.1.png and so on. Raises BadSample."""
-    names = sorted(name for name in record.members if name.rpartition(".")[2] in IMAGE_EXTENSIONS)
-    if len(names) != count:
-        got = "no image" if not names else "1 image" if len(names) == 1 else f"{len(names)} images"
-        raise BadSample(f"{got}: expected {count} member{'s' * (count != 1)} .{', .'.join(IMAGE_EXTENSIONS)}")
-    return [record.members[name] for name in names]
 
 
 def _may_hold(shard: str, source: Source, known_tasks: Sequence[str]) -> bool:
