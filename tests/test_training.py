@@ -2,7 +2,12 @@
 
 import copy
 import json
+import random
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.test_open_clip import randomize
 from vl_mtl_lora import UserError, build_model, load_run, parse_config
 from vl_mtl_lora.checkpoint import load_checkpoint, save_checkpoint
+from vl_mtl_lora.config import dump_config
 from vl_mtl_lora.data.faults import FaultLog
 from vl_mtl_lora.data.index import build_indices
 from vl_mtl_lora.data.stream import train_batches
@@ -29,6 +35,15 @@ def losses_of(config, resume=False):
 
 def with_steps(config, **train_section):
     return config.model_copy(update={"train": config.train.model_copy(update=train_section)})
+
+
+def changed(config, **sections):
+    """The configuration with other values in some sections."""
+    data = config.model_dump()
+    for name, values in sections.items():
+        data[name] = {key: {**data[name].get(key, {}), **value} if isinstance(value, dict) else value
+                      for key, value in {**data[name], **values}.items()}
+    return parse_config(data)
 
 
 def first_batch(config, model):
@@ -81,6 +96,51 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tiny_config, tmp_p
     with open(f"{broken.out}/log.jsonl") as log:
         steps = [json.loads(line)["step"] for line in log if "lr" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("step,workers", [(4, 0), (random.Random(0).randrange(2, 30), 2)])
+def test_a_killed_run_resumes_with_the_losses_and_samples_of_an_uninterrupted_one(tiny_config, tmp_path, step, workers):
+    config = changed(tiny_config(steps=60, save_every=3, eval_every=7), data={"workers": workers})
+    straight = {}
+    train(config, on_step=lambda step, losses, keys: straight.update({step: (losses, keys)}))
+    killed = config.model_copy(update={"out": str(tmp_path / "killed")})
+    (tmp_path / "config.yaml").write_text(dump_config(killed))
+    steps = tmp_path / "steps"
+    child = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "config.yaml", steps], stderr=subprocess.DEVNULL)
+    while not steps.exists() or steps.read_text().count("\n") < step:  # killed wherever it then is
+        assert child.poll() is None
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    seen = {}
+    for line in filter(str.strip, steps.read_text().rpartition("\n")[0].split("\n")):
+        number, losses, keys = json.loads(line)
+        seen[number] = losses, keys
+    before = len(seen)
+    assert step <= before < 60 and all(seen[s] == straight[s] for s in seen)
+    again = {}
+    train(killed, resume=True, on_step=lambda step, losses, keys: again.update({step: (losses, keys)}))
+    assert min(again) > before - 3 and again == {s: straight[s] for s in again}
+    assert seen.keys() | again.keys() == straight.keys()
+    log = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "lr" in entry] == list(range(1, 61))
+
+
+KILLED = """
+import json, sys
+from vl_mtl_lora import load_config
+from vl_mtl_lora.trainer import train
+with open(sys.argv[2], "w", buffering=1) as steps:
+    train(load_config(sys.argv[1]), on_step=lambda *step: print(json.dumps(step), file=steps))
+"""
+
+
+def test_a_checkpoint_killed_between_two_renames_is_put_back(tiny_config):
+    config = tiny_config(steps=3)
+    train(config)
+    last = Path(config.out) / "last"
+    last.rename(last.with_name("last.old"))
+    assert losses_of(with_steps(config, steps=4), resume=True).keys() == {4}
 
 
 def test_a_resume_that_would_shift_the_stream_or_the_formula_is_refused(tiny_config):
@@ -297,15 +357,6 @@ def test_zero_shot_after_training_is_zero_shot_before(tiny_config):
 def test_bf16_autocast_trains(tiny_config):
     losses = losses_of(tiny_config(steps=3, precision="bf16", checkpointing=True))
     assert all(torch.isfinite(torch.tensor(list(step.values()))).all() for step in losses.values())
-
-
-def changed(config, **sections):
-    """The configuration with other values in some sections."""
-    data = config.model_dump()
-    for name, values in sections.items():
-        data[name] = {key: {**data[name].get(key, {}), **value} if isinstance(value, dict) else value
-                      for key, value in {**data[name], **values}.items()}
-    return parse_config(data)
 
 
 def test_training_pictures_keep_twice_the_pixels_that_a_crop_of_them_needs(tiny_config):

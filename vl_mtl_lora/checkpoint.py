@@ -58,6 +58,14 @@ def save_checkpoint(folder: str | Path, model: MultiTaskModel, config: RunConfig
     shutil.rmtree(old, ignore_errors=True)
 
 
+def recover_checkpoint(folder: str | Path) -> None:
+    """Puts an earlier checkpoint back where `save_checkpoint` was killed between its two renames."""
+    folder = Path(folder)
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
 def read_description(folder: str | Path) -> dict:
     """The parsed adapter_config.json. Raises UserError where there is none of our format."""
     path = Path(folder) / "adapter_config.json"

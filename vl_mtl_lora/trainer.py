@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from vl_mtl_lora.checkpoint import load_checkpoint, load_resume, save_checkpoint
+from vl_mtl_lora.checkpoint import load_checkpoint, load_resume, recover_checkpoint, save_checkpoint
 from vl_mtl_lora.config import RunConfig, dump_config, parse_config
 from vl_mtl_lora.data.faults import FaultLog
 from vl_mtl_lora.data.index import TaskIndex, build_indices
@@ -48,6 +48,8 @@ def train(config: RunConfig, resume: bool = False,
     """
     out, section = Path(config.out), config.train
     last = out / "last"
+    for name in ("last", "best"):
+        recover_checkpoint(out / name)
     started = (last / "adapter_config.json").is_file()
     if resume and not started:
         raise UserError(f"nothing to resume in {out}: there is no checkpoint last/")
