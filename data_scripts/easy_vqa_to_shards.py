@@ -1,7 +1,8 @@
-"""easy-VQA (the PyPI package easy-vqa, MIT licence) -> shards for VQA and captioning.
+"""easy-VQA (the PyPI package easy-vqa, MIT licence) -> shards for VQA, captioning and matching.
 
-Writes easy-vqa-{vqa,captioning}-{train,valid,test}-*.tar with a manifest each. "valid" holds out the last 200 training
-pictures; "test" is the official test split. Captions are derived from the questions and answers.
+Writes easy-vqa-{vqa,captioning,matching,reading}-{train,valid,test}-*.tar with a manifest each. "valid" holds out the
+last 200 training pictures; "test" is the official test split. Captions are derived from the questions and answers;
+"reading" has them in place of the pictures.
 
     python data_scripts/easy_vqa_to_shards.py shards
 """
@@ -14,12 +15,12 @@ from vl_mtl_lora.data import examples
 
 SOURCE = "easy-vqa, https://github.com/vzhou842/easy-VQA"
 LICENCE = "MIT"
-SPLITS = [f"{task}-{split}" for split in ("train", "valid", "test") for task in ("vqa", "captioning")]
+SPLITS = [f"{task}-{split}" for split in examples.SPLITS for task in examples.EASY_VQA]
 
 
 def samples(split: str) -> Iterator[dict]:
     task, _, split = split.partition("-")
-    return examples.easy_vqa_samples(split) if task == "vqa" else examples.easy_vqa_caption_samples(split)
+    return examples.EASY_VQA[task](split)
 
 
 @command

@@ -611,7 +611,7 @@ def test_easy_vqa(tmp_path, run):
     code, told, error = run("easy_vqa_to_shards", tmp_path / "out", "--limit", "3", "--samples-per-shard", "2")
     assert code == 0, error
     assert {p.name for p in (tmp_path / "out").glob("*.json")} == {
-        f"easy-vqa-{task}-{split}.manifest.json" for task in ("vqa", "captioning")
+        f"easy-vqa-{task}-{split}.manifest.json" for task in ("vqa", "captioning", "matching", "reading")
         for split in ("train", "valid", "test")}
     assert [f["image_id"].rpartition("/")[0] for f, _ in read(tmp_path / "out", "easy-vqa-vqa-test")] == [
         "easy-vqa/test"] * 3

@@ -18,7 +18,7 @@ from vl_mtl_lora.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
 SMALL = {
-    "quickstart": ["train.steps=2", "tasks.captioning.num_beams=1"],
+    "quickstart": ["train.steps=2", "train.eval_samples=10"],
     "bench": ["tasks.retrieval.rows=2", "tasks.vqa.rows=1", "tasks.captioning.rows=1", "--rounds=1", "--no-growth"],
     "train": ["backbone.name=micro-clip", "backbone.pretrained=null", "train.steps=2", "data.workers=0",
               "train.precision=float32", "tasks.retrieval.rows=4", "tasks.vqa.rows=4", "tasks.captioning.rows=4"],
@@ -40,9 +40,11 @@ def few_examples(patch):
     """The quickstart's data sets, cut to their first samples."""
     from vl_mtl_lora.data import examples
 
-    for name, count in (("easy_vqa_samples", 60), ("easy_vqa_caption_samples", 30), ("emoji_samples", 40)):
-        whole = getattr(examples, name)
-        patch.setattr(examples, name, lambda split, whole=whole, count=count: itertools.islice(whole(split), count))
+    for samples, counts in ((examples.EASY_VQA, {"vqa": 60, "captioning": 30, "matching": 40, "reading": 35}),
+                            (examples.EMOJI, {"emoji": 40, "emoji-category": 25, "emoji-choice": 20})):
+        for name, count in counts.items():
+            patch.setitem(samples, name, lambda split, whole=samples[name], count=count: itertools.islice(
+                whole(split), count))
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,16 @@ def test_quickstart_again_replaces_its_own_run(tmp_path, monkeypatch):
     assert {"results.json", "report.md", "report.html", "best", "last"} <= {p.name for p in (tmp_path / "q").iterdir()}
     assert (tmp_path / "q" / "report.html").read_text().count("<figure>") == 12
     assert set(results["seconds"]) == {"shards", "training", "evaluation, zero-shot", "evaluation, adapted"}
+
+
+def test_the_quickstart_of_other_kinds(tmp_path, monkeypatch):
+    from vl_mtl_lora.quickstart import quickstart
+
+    few_examples(monkeypatch)
+    results = quickstart(tmp_path / "q", "kinds", ["train.steps=2", "train.eval_samples=10"])
+    assert {task: (values["samples"], *values["adapted"]) for task, values in results["tasks"].items()} == {
+        "classification": (25, "accuracy@1", "mean_per_class"), "multiple_choice": (20, "accuracy"),
+        "matching": (40, "accuracy", "AUC"), "reading": (35, "accuracy", "AUC")}
 
 
 def test_pretraining_makes_a_base_with_the_shipped_vocabulary(tmp_path, monkeypatch):

@@ -221,3 +221,29 @@ def randomize(summary, scale=0.3):
         for layer in summary.layers.values():
             for p in (layer.down, layer.transform, layer.up, layer.mix):
                 p.add_(torch.randn(p.shape, generator=generator) * scale)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("options", [{}, {"scale": (0.5, 1.0), "color_jitter": (0.3, 0.3, 0.3, 0.1)}])
+def test_pictures_that_travel_as_bytes_become_the_same_floats(tiny_backbone, train, options):
+    backbone = tiny_backbone()
+    options = options if train else {}
+    photo = Image.effect_noise((90, 70), 80).convert("RGB")
+    torch.manual_seed(3)
+    plain = torch.stack([backbone.preprocess(train, **options)(photo) for _ in range(3)])
+    torch.manual_seed(3)
+    sent = torch.stack([backbone.loader_preprocess(train, **options)(photo) for _ in range(3)])
+    assert sent.dtype == torch.uint8 and sent.shape == plain.shape and plain.dtype == torch.float32
+    assert torch.equal(backbone.scaled(sent), plain)
+    with torch.no_grad():
+        assert torch.equal(backbone.encode_image(sent), backbone.encode_image(plain))
+
+
+def test_pictures_of_another_ending_travel_as_they_are(tiny_backbone, monkeypatch):
+    from torchvision import transforms
+
+    backbone = tiny_backbone()
+    erasing = transforms.Compose([transforms.Resize((32, 32)), transforms.ToTensor(),
+                                  transforms.Normalize([0.5] * 3, [0.5] * 3), transforms.RandomErasing(p=1.0)])
+    monkeypatch.setattr(backbone, "transform", lambda train: erasing)
+    assert backbone.loader_preprocess(True)(Image.new("RGB", (40, 40))).dtype == torch.float32

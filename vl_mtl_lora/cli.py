@@ -23,12 +23,16 @@ Limit = Annotated[int | None, typer.Option(help="the most samples of each task",
 @app.command()
 def quickstart(overrides: Overrides = None,
                out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/quickstart"),
-               long: Annotated[bool, typer.Option("--long", help="the longer training, under half an hour")] = False):
+               long: Annotated[bool, typer.Option("--long", help="the longer training, under half an hour")] = False,
+               kinds: Annotated[bool, typer.Option("--kinds", help="instead classification, multiple choice and "
+                                                   "matching")] = False):
     """Runs the whole job on embedded and packaged data: shards, training, zero-shot against adapted."""
     from vl_mtl_lora.quickstart import quickstart as run
     from vl_mtl_lora.report import text_table
 
-    results = run(out, long, overrides or [])
+    if long and kinds:
+        raise UserError("--long and --kinds exclude each other; for longer training set train.steps=N")
+    results = run(out, "long" if long else "kinds" if kinds else "short", overrides or [])
     print(text_table(results))
     print(f"\n{sum(results['seconds'].values()):.0f} seconds: "
           + ", ".join(f"{stage} {value:.0f}" for stage, value in results["seconds"].items()))

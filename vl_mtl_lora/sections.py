@@ -79,14 +79,16 @@ class VQASection(CommonTaskSection):
             raise ValueError(f"answer_by: {self.answer_by} needs the list `answers`")
         if self.prompt is not None:
             _check_template("prompt", self.prompt, "question")
-        _check_template("zero_shot_prompt", self.zero_shot_prompt, "question", "answer")
+        _check_template("zero_shot_prompt", self.zero_shot_prompt, "answer", optional=("question",))
         return self
 
 
-def _check_template(name: str, template: str, *fields: str) -> None:
+def _check_template(name: str, template: str, *fields: str, optional: tuple[str, ...] = ()) -> None:
     used = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
-    if used != set(fields):
-        raise ValueError(f"{name} must contain {' and '.join('{' + f + '}' for f in fields)} and no other field")
+    if not set(fields) <= used <= {*fields, *optional}:
+        may = "".join(f", may contain {{{field}}}," for field in optional)
+        needed = " and ".join(f"{{{field}}}" for field in fields)
+        raise ValueError(f"{name} must contain {needed}{may} and no other field")
 
 
 class CaptioningSection(CommonTaskSection):
@@ -124,7 +126,7 @@ class MultipleChoiceSection(CommonTaskSection):
             raise ValueError("answer_by: ranking needs an image; without, choices are compared by similarity")
         if self.prompt is not None:
             _check_template("prompt", self.prompt, "question")
-        _check_template("zero_shot_prompt", self.zero_shot_prompt, "question", "answer")
+        _check_template("zero_shot_prompt", self.zero_shot_prompt, "answer", optional=("question",))
         return self
 
 

@@ -264,7 +264,7 @@ def build_stream(config: RunConfig, model: MultiTaskModel, indices: Mapping[str,
     feeds = []
     for name, section in config.tasks.items():
         options = section.augment if isinstance(section.augment, dict) else {}
-        transform = model.backbone.preprocess(bool(section.augment), **options)
+        transform = model.backbone.loader_preprocess(bool(section.augment), **options)
         # Twice what comes out: resizing by half or more hides what was left out. Of a crop, so much must be left.
         cropped = math.sqrt(min(options.get("scale") or (0.9,))) if section.augment else 1.0
         side = output_side(transform)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
+from torchvision import transforms
 
 from vl_mtl_lora.attention import KeyValueCache
 from vl_mtl_lora.backbones.generation import generate
@@ -88,6 +89,7 @@ class Backbone(nn.Module):
     text_towers:  those of them whose rows are texts.
     capabilities: any of "embed" (encode_image, encode_text) and "generate" (token_states, generate).
     writes:       whether the base itself was trained to write, so that its zero-shot answer is what it writes.
+    takes_bytes:  whether `image_states` passes its pictures through `scaled`; see `loader_preprocess`.
     prompts:      default prompt of each task kind, where the config has none.
     embed_dim:    E, the width of the joint embedding.
     contrastive:  "softmax" or "sigmoid", the loss the base's embeddings were trained with.
@@ -104,6 +106,7 @@ class Backbone(nn.Module):
     text_towers: tuple[str, ...] = ("text",)
     capabilities: frozenset[str]
     writes = False
+    takes_bytes = False
     prompts: Mapping[str, str] = MappingProxyType({"vqa": "question : {question} answer :", "captioning": ""})
     embed_dim: int
     contrastive = "softmax"
@@ -116,6 +119,7 @@ class Backbone(nn.Module):
     def __init__(self):
         super().__init__()
         self.cache = KeyValueCache()
+        self._scaling: Tensor | None = None  # (2, 1, 3, 1, 1): mean and deviation of `loader_preprocess`
         self.left_out: dict[str, str] = {}
 
     # -- pictures and texts in ------------------------------------------------------------------------------------
@@ -129,6 +133,29 @@ class Backbone(nn.Module):
             UserError: an unknown augmentation option.
         """
         return _Preprocess(self.transform(train, **augmentation))
+
+    def loader_preprocess(self, train: bool, **augmentation) -> Callable[[Image.Image], Any]:
+        """`preprocess` for loader processes; `image_states` takes its pictures alike.
+
+        Of a backbone that takes bytes, where it ends with torchvision's ToTensor and Normalize: those are left to
+        `scaled`. A picture then travels as (3, H, W) bytes, a quarter of the size, and becomes the same floats later.
+        """
+        transform = self.transform(train, **augmentation)
+        *steps, last = getattr(transform, "transforms", [None])
+        if self.takes_bytes and steps and isinstance(steps[-1], transforms.ToTensor) \
+                and isinstance(last, transforms.Normalize):
+            scaling = torch.stack([torch.as_tensor(last.mean), torch.as_tensor(last.std)]).view(2, 1, -1, 1, 1)
+            if self._scaling is None or torch.equal(self._scaling, scaling):
+                self._scaling = scaling
+                transform = transforms.Compose([*steps[:-1], transforms.PILToTensor()])
+        return _Preprocess(transform)
+
+    def scaled(self, images: Tensor) -> Tensor:
+        """A batch of pictures as bytes -> floats as `preprocess` gives them; floats stay as they are."""
+        if images.dtype != torch.uint8:
+            return images
+        mean, std = self._scaling.to(images.device)
+        return images.float().div_(255).sub_(mean).div_(std)
 
     def transform(self, train: bool, **augmentation) -> Callable[[Image.Image], Any]:
         """`preprocess` for upright RGB images: the model's own preprocessing."""

@@ -25,6 +25,7 @@ class OpenClipCoCa(Backbone):
     text_towers = ("text", "decoder")
     capabilities = frozenset({"embed", "generate"})
     writes = True
+    takes_bytes = True
 
     def __init__(self, model: nn.Module, tokenizer):
         from open_clip.transformer import TextTransformer
@@ -45,7 +46,7 @@ class OpenClipCoCa(Backbone):
     # -- towers ---------------------------------------------------------------------------------------------------
 
     def image_states(self, images):
-        pooled, tokens = self.model.visual(images.to(self.dtype))
+        pooled, tokens = self.model.visual(self.scaled(images).to(self.dtype))
         # A pool of one query for embeddings keeps its axis: (B, 1, E).
         return ImageStates(unit(pooled.flatten(1)), tokens)
 

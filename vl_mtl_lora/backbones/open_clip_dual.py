@@ -18,6 +18,8 @@ from vl_mtl_lora.errors import UserError
 class OpenClipDual(PrefixBackbone):
     """An `open_clip.CLIP` or `CustomTextCLIP`. With a Hugging Face text tower it embeds and does not generate."""
 
+    takes_bytes = True
+
     def __init__(self, model: nn.Module, tokenizer, prefix_grid: int | None = None):
         from open_clip.hf_model import HFTextEncoder
         from open_clip.model import CLIP, CustomTextCLIP
@@ -55,7 +57,7 @@ class OpenClipDual(PrefixBackbone):
     # -- towers ---------------------------------------------------------------------------------------------------
 
     def image_states(self, images):
-        visual, images = self.model.visual, images.to(self.dtype)
+        visual, images = self.model.visual, self.scaled(images).to(self.dtype)
         if "generate" not in self.capabilities:
             return ImageStates(unit(self.model.encode_image(images)), None)
         out = visual.forward_intermediates(

