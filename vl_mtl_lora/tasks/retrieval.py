@@ -41,9 +41,9 @@ class Retrieval(nn.Module):
     def collate(self, samples, rng):
         """tokens (B, L): a caption of each sample, in every epoch another. positives (B, B): same image or caption."""
         captions = [s.turn(s.fields["captions"]) for s in samples]
-        positives = [[a.image_id == b.image_id or x == y for b, y in zip(samples, captions)]
-                     for a, x in zip(samples, captions)]
-        return {"tokens": self.text.rows(captions), "positives": torch.tensor(positives)}
+        images, texts = (torch.tensor(_numbered(names)) for names in ([s.image_id for s in samples], captions))
+        positives = (images[:, None] == images) | (texts[:, None] == texts)
+        return {"tokens": self.text.rows(captions), "positives": positives}
 
     def loss(self, backbone, states, inputs):
         image, text = backbone.encode_image(states), backbone.encode_text(inputs["tokens"])
@@ -66,24 +66,25 @@ class Retrieval(nn.Module):
         """The nearest caption of each picture."""
         _, _, texts, text_groups = self._gather(predictions, samples)
         captions = [caption for s in samples for caption in s.fields["captions"]]
-        groups = self._groups(samples)
+        groups = _numbered(s.image_id for s in samples)
         nearest = [int((texts @ predictions[i][0]).argmax()) for i in rows]
         return [(captions[text], int(text_groups[text]) == groups[i]) for i, text in zip(rows, nearest)]
 
-    @staticmethod
-    def _groups(samples) -> list[int]:
-        ids: dict[str, int] = {}
-        return [ids.setdefault(s.image_id, len(ids)) for s in samples]
-
     def _gather(self, predictions, samples):
         """Each image once, every caption: (N, E), (N,), (M, E), (M,)."""
-        groups = self._groups(samples)
+        groups = _numbered(s.image_id for s in samples)
         first = {group: i for i, group in reversed(list(enumerate(groups)))}
         rows = sorted(first.values())
         images = torch.stack([predictions[i][0] for i in rows])
         texts = torch.cat([texts for _, texts in predictions])
         text_groups = torch.tensor([group for group, (_, t) in zip(groups, predictions) for _ in range(len(t))])
         return images, torch.tensor([groups[i] for i in rows]), texts, text_groups
+
+
+def _numbered(names) -> list[int]:
+    """Equal names get equal numbers."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]
 
 
 def contrastive_loss(image: torch.Tensor, text: torch.Tensor, positives: torch.Tensor,
