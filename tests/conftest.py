@@ -1,8 +1,10 @@
 """A tiny CLIP of open_clip's architecture with random weights and the embedded vocabulary, and tiny shards."""
 
+import importlib.util
 import json
 import os
 import shutil
+import sys
 from importlib import resources
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.downloads import SCRIPTS
 from vl_mtl_lora import load_backbone, parse_config, write_shards
 
 torch.set_num_threads(2)
@@ -86,3 +89,22 @@ def tiny_config(tiny_folder, tiny_shards, tmp_path):
             "train": {"steps": 6, "lr": 0.01, "warmup": 2, "log_every": 1, "eval_samples": 8, **train},
         })
     return make
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Returns a function that runs a script's main; it gives the exit code, and what was printed and told of errors."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+    def call(script, *args):
+        spec = importlib.util.spec_from_file_location(script, SCRIPTS / f"{script}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capfd.readouterr()
+    return call
