@@ -14,6 +14,7 @@ EMBEDDED = [Path(str(p)) for p in (resources.files("vl_mtl_lora") / "embedded").
 REAL = {
     "bench_hf_clip_vit_b32": (151.3, {"image": 12 * 6 + 1, "text": 12 * 6}, 2.96),
     "clip_vit_b32": (151.3, {"image": 12 * 4 + 1, "text": 12 * 4}, 2.96),
+    "clip_vit_b32_mixture": (151.3, {"image": 12 * 4 + 1, "text": 12 * 4}, 6.02),
     "clip_vit_l14": (427.6, {"image": 24 * 2 + 1, "text": 12 * 2}, 2.05),
     "siglip_vit_b16": (203.2, {"image": 12 * 4 + 5 + 1, "text": 12 * 4}, 2.75),
     "coca_vit_b32": (253.6, {"image": 12 * 4 + 4, "text": 12 * 2, "decoder": 12 * 10}, 2.80),

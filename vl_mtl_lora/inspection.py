@@ -18,7 +18,10 @@ def inspect(config: RunConfig) -> Iterator[str]:
     count = sum(p.numel() for p in frozen)
     kind = config.backbone.options.get("quantize") or str(model.backbone.dtype).removeprefix("torch.")
     yield f"{config.backbone.name}: {count:,} frozen parameters, {_gigabytes(model.backbone.weight_bytes)} as {kind}"
-    yield f"tasks: {', '.join(f'{name} ({task.rows} rows of a batch)' for name, task in config.tasks.items())}"
+    if config.data.mixing.by == "quotas":
+        yield f"tasks: {', '.join(f'{name} ({task.rows} rows of a batch)' for name, task in config.tasks.items())}"
+    else:
+        yield f"tasks: {', '.join(config.tasks)}; {config.batch_rows} rows of a batch, mixed by {config.data.mixing.by}"
     yield from tree(model)
     yield f"total: {model.summary.total:,} trainable parameters, {100 * model.summary.total / count:.2f} % of the base"
     probe = build_model(config, dry_run="narrow")

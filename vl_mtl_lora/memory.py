@@ -60,6 +60,7 @@ def expected_memory(model: MultiTaskModel, probe: MultiTaskModel, config: RunCon
     kept: dict[str, float] = {}  # by block, "" for what lies outside
     inputs: dict[str, float] = {}
     loss = torch.zeros((), device=probe.backbone.device)
+    share = config.batch_rows / sum(section.rows for section in config.tasks.values())  # of the quotas, where mixed
     for task, section in config.tasks.items():
         with _measured(probe, model) as one:  # what it keeps however many rows there are is small in a real model
             probe(example_batch(probe, 1, [task]))
@@ -68,9 +69,9 @@ def expected_memory(model: MultiTaskModel, probe: MultiTaskModel, config: RunCon
         measured = (two.measured - one.measured) / (sum(two.probe.values()) - sum(one.probe.values()))
         for layer in two.real:
             block = next((name for name in names if layer.startswith(name + ".")), "")
-            values = section.rows * measured * (two.real[layer] - one.real[layer])
+            values = share * section.rows * measured * (two.real[layer] - one.real[layer])
             kept[block] = kept.get(block, 0.0) + values
-            inputs[block] = max(inputs.get(block, 0.0), section.rows * (two.inputs[layer] - one.inputs[layer]))
+            inputs[block] = max(inputs.get(block, 0.0), share * section.rows * (two.inputs[layer] - one.inputs[layer]))
     outside = kept.pop("", 0.0)
     inputs.pop("", None)
     again = sum(inputs.values()) + max(kept.values(), default=0.0)

@@ -202,6 +202,11 @@ class RunConfig(_Strict):
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
 
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a batch, of all tasks."""
+        return self.data.mixing.rows or sum(task.rows for task in self.tasks.values())
+
     @model_validator(mode="before")
     @classmethod
     def _kind_from_name(cls, data):

@@ -273,8 +273,7 @@ def build_stream(config: RunConfig, model: MultiTaskModel, indices: Mapping[str,
     mixing, rows = config.data.mixing, {name: section.rows for name, section in config.tasks.items()}
     if mixing.by != "quotas":
         rows = expected_rows(mixing.by, {name: len(index) for name, index in indices.items()},
-                             mixing.rows or sum(rows.values()),
-                             {name: section.least_rows for name, section in config.tasks.items()},
+                             config.batch_rows, {name: section.least_rows for name, section in config.tasks.items()},
                              temperature=mixing.temperature, cap=mixing.cap, weights=mixing.weights)
     return BatchStream(feeds, [rows[name] for name in indices], collate_images=model.backbone.collate_images,
                        seed=config.train.seed, window=config.data.shuffle)
