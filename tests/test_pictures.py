@@ -1,5 +1,9 @@
 """Any picture comes out upright and RGB, or is refused."""
 
+import struct
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -53,3 +57,40 @@ def test_the_size_that_comes_out_is_found_without_touching_the_generator(tiny_ba
     assert torch.equal(torch.get_rng_state(), state)
 
 
+
+
+def png_of(width, height, data):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+def test_a_decompression_bomb_is_refused_before_it_goes_off():
+    assert decode_image(png_of(2, 1, b"\0" + bytes([1, 2, 3, 4, 5, 6]))).getpixel((1, 0)) == (4, 5, 6)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadSample, match="cannot be decoded: DecompressionBombError"):
+            decode_image(png_of(60_000, 60_000, bytes(100_000)))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_picture_is_taken(format):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    image = decode_image(data)
+    assert image.mode == "RGB" and image.getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_truncated_and_empty_files_are_refused():
+    photo = Image.effect_noise((64, 64), 50).convert("RGB")
+    for format in ("JPEG", "PNG", "WEBP"):
+        data = encode(photo, format)
+        for cut in (0, 1, 10, len(data) // 2):
+            with pytest.raises(BadSample, match="cannot be decoded"):
+                decode_image(data[:cut])

@@ -1,5 +1,6 @@
 """Reading a run's description from strict YAML; all mistakes are reported at once, each with its line."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,31 @@ from pydantic import ValidationError
 from vl_mtl_lora.errors import UserError, did_you_mean
 from vl_mtl_lora.sections import TASK_SECTIONS, CommonTaskSection, RunConfig, TaskSection
 
+_DEEPEST, _MOST = 50, 1_000_000  # levels and entries of a config; aliases can make more of a few lines
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 3e-4 for a text, since it has no point; this takes it for the number that it is."""
+    """Texts, numbers, lists and mappings, as JSON has them: a date stays the text that it is.
+
+    YAML 1.1 takes 3e-4 for a text, since it has no point; this takes it for the number that it is.
+    """
+
+    yaml_constructors = {tag: made for tag, made in yaml.SafeLoader.yaml_constructors.items()
+                         if tag is None or tag.removeprefix("tag:yaml.org,2002:") in _PLAIN}
+    yaml_implicit_resolvers = {first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+                               for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"),
-                              list("-+0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` takes for a number, and escapes what PyYAML would write as it is and read as a space."""
+
+
+_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(
+    "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'))
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"),
+                                list("-+0123456789"))
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
@@ -30,14 +49,9 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config {path}: {error}") from error
-    try:
-        node = yaml.compose(text, _Loader)
-        data = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+    data, lines = _parse(text, str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping with the keys {', '.join(RunConfig.model_fields)}")
-    lines = _lines(node)
     for override in overrides:
         apply_override(data, override)
     return parse_config(data, where=lambda loc: f"{path}:{_nearest(lines, loc)}" if _nearest(lines, loc) else str(path),
@@ -51,10 +65,20 @@ def parse_config(data: dict, where=lambda loc: "config", root: Path = Path("."))
     except ValidationError as error:
         mistakes = [_describe(mistake, where, data) for mistake in error.errors()]
         raise UserError("\n".join(dict.fromkeys(mistakes))) from error
-    tasks = {name: task.model_copy(update={split: [_rooted(url, root) for url in getattr(task, split)]
-                                           for split in ("train", "valid", "test")} | _lists(task, where, name, root))
+    tasks = {name: task.model_copy(update=_shards(task, where, name, root) | _lists(task, where, name, root))
              for name, task in config.tasks.items()}
     return config.model_copy(update={"tasks": tasks})
+
+
+def _shards(task: TaskSection, where, name: str, root: Path) -> dict[str, list[str]]:
+    """The shards of a task, relative paths from `root`. Raises UserError for what is no path."""
+    found = {}
+    for split in ("train", "valid", "test"):
+        try:
+            found[split] = [_rooted(url, root) for url in getattr(task, split)]
+        except (ValueError, RuntimeError) as error:  # a NUL; the home folder of a user that is not there
+            raise UserError(f"{where(('tasks', name, split))}: tasks.{name}.{split}: {error}") from error
+    return found
 
 
 def _lists(task: TaskSection, where, name: str, root: Path) -> dict[str, list[str]]:
@@ -66,7 +90,7 @@ def _lists(task: TaskSection, where, name: str, root: Path) -> dict[str, list[st
         if isinstance(entries, str):
             try:
                 entries = (root / Path(entries).expanduser()).read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise UserError(f"{place}: cannot read the list: {error}") from error
         if entries is not None:
             if len(set(entries)) < max(least, len(entries)) or not all(entry.strip() for entry in entries):
@@ -78,7 +102,7 @@ def _lists(task: TaskSection, where, name: str, root: Path) -> dict[str, list[st
 
 def dump_config(config: RunConfig) -> str:
     """The whole configuration, defaults written out, as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _rooted(url: str, root: Path) -> str:
@@ -92,27 +116,43 @@ def apply_override(data: dict, override: str) -> None:
         raise UserError(f"override {override!r} is not of the form key.key=value")
     *parents, last = key.strip().split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
+        section = data.get(parent, {})
+        if not isinstance(section, dict):
             raise UserError(f"override {override!r}: {parent} is not a section")
+        data[parent] = section = dict(section)  # of its own: by an alias it may be another section too
+        data = section
+    data[last], _ = _parse(value, f"override {override!r}: the value")
+
+
+def _parse(text: str, what: str) -> tuple[Any, dict[tuple, int]]:
+    """YAML -> (its value, the line of each key path, counted from 1). Raises UserError."""
+    lines: dict[tuple, int] = {}
     try:
-        data[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        _note_lines(yaml.compose(text, _Loader), (), lines)
+        data = yaml.load(text, _Loader)
+        json.dumps(data, ensure_ascii=False).encode()  # as a checkpoint holds it; refuses what is no Unicode
+        return data, lines
+    except Exception as error:  # PyYAML raises many types on a value that does not fit its tag
+        reason = error if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{what} is not valid YAML: {reason}") from error
 
 
-def _lines(node, prefix=()) -> dict[tuple, int]:
-    """Key path -> line number, counted from 1."""
-    lines = {}
+def _note_lines(node, prefix: tuple, lines: dict[tuple, int]) -> None:
+    if len(prefix) > _DEEPEST or len(lines) > _MOST:
+        raise yaml.YAMLError("it is too large, or an alias is part of what it stands for")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            lines[(*prefix, key.value)] = key.start_mark.line + 1
-            lines |= _lines(value, (*prefix, key.value))
+            line, kind = key.start_mark.line + 1, key.tag.removeprefix("tag:yaml.org,2002:")
+            if not isinstance(key, yaml.ScalarNode) or kind not in ("str", "merge"):
+                raise yaml.YAMLError(f"line {line}: a key is no text: quote it")
+            if (*prefix, key.value) in lines and kind != "merge":
+                raise yaml.YAMLError(f"line {line}: {'.'.join(map(str, (*prefix, key.value)))} occurs twice")
+            lines[(*prefix, key.value)] = line
+            _note_lines(value, (*prefix, key.value), lines)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             lines[(*prefix, i)] = value.start_mark.line + 1
-            lines |= _lines(value, (*prefix, i))
-    return lines
+            _note_lines(value, (*prefix, i), lines)
 
 
 def _nearest(lines: dict[tuple, int], loc: tuple) -> int | None:

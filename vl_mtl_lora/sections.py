@@ -84,7 +84,8 @@ class VQASection(CommonTaskSection):
 
 
 def _check_template(name: str, template: str, *fields: str, optional: tuple[str, ...] = ()) -> None:
-    used = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+    used = {field + ":" * bool(form or conversion)  # {answer:9} and {answer!x} are no plain fields
+            for _, field, form, conversion in string.Formatter().parse(template) if field is not None}
     if not set(fields) <= used <= {*fields, *optional}:
         may = "".join(f", may contain {{{field}}}," for field in optional)
         needed = " and ".join(f"{{{field}}}" for field in fields)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from vl_mtl_lora.data.faults import Fault, FaultLog
 from vl_mtl_lora.data.files import shard_files
 from vl_mtl_lora.data.records import Place, description, image_places, tagged_fields, untagged_fields
-from vl_mtl_lora.data.schema import IMAGE_EXTENSIONS, Sample, check_fields
+from vl_mtl_lora.data.schema import IMAGE_EXTENSIONS, Sample, check_fields, parse_fields
 from vl_mtl_lora.data.shards import partial_file
 from vl_mtl_lora.data.tar import Record, read_records
 from vl_mtl_lora.errors import BadSample, UserError, did_you_mean
@@ -62,7 +62,8 @@ class TaskIndex:
                  places: np.ndarray):
         self.source, self.sizes = source, np.asarray(sizes, dtype=np.int64)
         self._shards, self._ends = list(shards), np.cumsum(self.sizes)  # (file, time of its last change)
-        self._keys = np.array([key.encode() for key in keys])  # no objects: forked processes share the memory
+        encoded = [key.encode() for key in keys]  # one text, no objects: forked processes share the memory
+        self._keys, self._key_ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
         self._places = places  # (N, 2 + 2 * images): offset and length of the text and of each image
 
     def __len__(self) -> int:
@@ -76,11 +77,11 @@ class TaskIndex:
         """
         key, (shard, changed) = self.key(row), self._shard(row)
         text, *images = _read(shard, changed, self._places[row].tolist())
-        fields = json.loads(text) if self.source.format == "tagged" else self.source.untagged_fields(text, key)
+        fields = parse_fields(text) if self.source.format == "tagged" else self.source.untagged_fields(text, key)
         return Sample(fields, tuple(images), key, shard, epoch)
 
     def key(self, row: int) -> str:
-        return self._keys[row].decode()
+        return self._keys[self._key_ends[row]:self._key_ends[row + 1]].decode()
 
     def fault(self, row: int, problem: object) -> Fault:
         """What is told of a sample that turns out to be no good."""
@@ -243,7 +244,7 @@ def _tags(manifest: Path, changed: int) -> dict[str, set[str]]:
     """Which tags each shard holds, by the name of its file; nothing where the manifest cannot be read."""
     try:
         return {shard["file"]: set(shard["tasks"]) for shard in json.loads(manifest.read_text("utf-8"))["shards"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

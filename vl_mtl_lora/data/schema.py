@@ -83,15 +83,26 @@ def parse_fields(data: str | bytes) -> dict:
     """JSON, in UTF-8 where it is bytes -> the sample's object.
 
     Raises:
-        BadSample: no JSON, no object, a name twice in one object, a number that is none.
+        BadSample: no JSON, no object, a name twice in one object, a number that is none, half a Unicode character.
     """
     try:
-        fields = _DECODER.decode(data if isinstance(data, str) else data.decode("utf-8-sig"))
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        fields = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise BadSample(f"not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise BadSample(f"expected a JSON object, got {type(fields).__name__}")
+    if "\\u" in text:  # only an escape can be half a character
+        for name, value in fields.items():
+            try:
+                json.dumps([name, value], ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise BadSample(f"field {_visible(name)} is no valid Unicode") from error
     return fields
+
+
+def _visible(name: str) -> str:
+    return name[:60].encode(errors="replace").decode()
 
 
 def _no_number(text: str):
@@ -101,7 +112,7 @@ def _no_number(text: str):
 def _object(pairs: list[tuple[str, Any]]) -> dict:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError(f"field {Counter(name for name, _ in pairs).most_common(1)[0][0]} occurs twice")
+        raise ValueError(f"field {_visible(Counter(name for name, _ in pairs).most_common(1)[0][0])} occurs twice")
     return fields
 
 
@@ -154,10 +165,13 @@ def check_key(key: str) -> None:
 
 def in_words(fields: Mapping[str, Any]) -> tuple[str, str]:
     """(what a good sample of any kind asks, what is right), for people to read."""
-    asked = [fields[name] for name in ("question", "text", "text_pair") if name in fields]
-    if "choices" in fields:
-        return f"{' '.join(asked)} ({', '.join(fields['choices'])})", fields["choices"][fields["answer"]]
-    right = [fields["label"]] if "label" in fields else fields.get("answers") or fields.get("captions") or []
+    # Fields that the sample's kind does not ask for may be there too, and hold anything.
+    asked = [fields[name] for name in ("question", "text", "text_pair") if _is_text(fields.get(name))]
+    choices, answer = fields.get("choices"), fields.get("answer")
+    if _are_texts(choices) and _is_index(answer) and answer < len(choices):
+        return f"{' '.join(asked)} ({', '.join(choices)})", choices[answer]
+    right = [fields["label"]] if _is_text(fields.get("label")) else next(
+        (fields[name] for name in ("answers", "captions") if _are_texts(fields.get(name))), [])
     return " / ".join(asked), " / ".join(dict.fromkeys(right))
 
 

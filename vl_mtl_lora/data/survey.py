@@ -187,7 +187,7 @@ def _check_manifests(of_shards: Mapping[str, Counter]) -> Iterator[Fault]:
         try:
             listed = {str(folder / shard["file"]): (shard["sha256"], Counter(shard["tasks"]))
                       for shard in json.loads(file.read_text("utf-8"))["shards"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             yield Fault(str(file), "", f"the manifest is damaged: {type(error).__name__}: {error}")
             continue
         for shard, (sha256, tasks) in listed.items():
