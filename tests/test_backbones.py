@@ -301,7 +301,7 @@ def test_a_run_lowers_every_loss_and_its_checkpoint_gives_the_same_outputs(confi
     tokens = before.backbone.text.rows(TEXTS)
     with torch.no_grad(), before.router.off():
         frozen = outputs(before.backbone, images, tokens, PROMPTS)
-    train(settings, on_step=lambda step, loss, keys: losses.update({step: loss}))
+    train(settings, on_step=lambda step, loss: losses.update({step: loss}))
     for task in settings.tasks:
         start, end = (sum(losses[s][task] for s in steps) / 4 for steps in (range(1, 5), range(22, 26)))
         assert end < start, (task, start, end)
@@ -322,7 +322,7 @@ def test_half_precision_bases_train_with_blocks_run_again_and_a_loader_process(c
     settings = config(name, steps=6, options={"dtype": "bfloat16"}, precision="bf16", checkpointing=True)
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"workers": 1})})
     losses = []
-    train(settings, on_step=lambda step, loss, keys: losses.append(loss))
+    train(settings, on_step=lambda step, loss: losses.append(loss))
     assert all(0 < value < 50 for loss in losses for value in loss.values())
     model, _ = load_run(settings.out)
     assert model.backbone.dtype == torch.bfloat16

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import yaml
 
@@ -100,3 +102,56 @@ def test_a_missing_file_and_a_bad_override(tmp_path):
     for bad in ("train.steps", "=3", "train.steps.x=3"):
         with pytest.raises(UserError, match="override"):
             load_config(write(tmp_path, GOOD + "train: {steps: 3}\n"), [bad])
+
+
+@pytest.mark.parametrize("text,message", [
+    ("x: &a {y: *a}", "an alias is part of what it stands for"), ("x: {1.5: 2}", "a key is no text"),
+    ("x: 1\nx: 2", "line 2: x occurs twice"), ("x: !!int ''", "not valid YAML"), ("x: !!set {a}", "not valid YAML"),
+    ("x: 0x" + "f" * 5000, "not valid YAML"), ('x: "\\ud800"', "not valid YAML")])
+def test_yaml_that_no_config_can_mean_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("value", ["1e5", "a\x85b", "2001-01-01", "0x1f", "yes", "line\nbreak"])
+def test_texts_survive_being_written(tmp_path, value):
+    config = load_config(write(tmp_path, GOOD), [f"backbone.options.x={json.dumps(value)}"])
+    assert config.backbone.options["x"] == value
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_an_override_changes_no_alias(tmp_path):
+    text = GOOD.replace("tasks:", "data: {mixing: &m {by: proportional, rows: 9}}\ntasks:")
+    config = load_config(write(tmp_path, text), ["data.mixing.rows=7"])
+    assert config.data.mixing.rows == 7
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"train": "a\0b"}, "tasks.vqa.train"), ({"train": "~nobodyhere/x"}, "tasks.vqa.train"),
+    ({"train": "a", "prompt": "{question!z}"}, "prompt must contain"),
+    ({"train": "a", "prompt": "{question:zz}"}, "prompt must contain")])
+def test_values_that_would_fail_later_are_refused_at_once(change, message):
+    with pytest.raises(UserError, match=message):
+        parse_config({"out": "x", "backbone": {"name": "m"}, "tasks": {"vqa": change}})
+
+
+@pytest.mark.parametrize("mixing,message", [
+    ({"rows": 9}, "rows belongs to by: proportional or temperature or weights, not to by: quotas"),
+    ({"by": "temperature"}, "by: temperature needs temperature"), ({"by": "weights"}, "by: weights needs weights"),
+    ({"by": "weights", "weights": {"vqa": 1.0, "x": 1.0}}, "weights names the tasks vqa, x; expected each of vqa")])
+def test_mixtures_that_do_not_fit_are_refused(mixing, message):
+    with pytest.raises(UserError, match=message):
+        parse_config({"out": "x", "backbone": {"name": "m"}, "tasks": {"vqa": {"train": "a"}},
+                      "data": {"mixing": mixing}})
+
+
+def test_lists_may_lie_in_text_files(tmp_path):
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    def made(labels):
+        return parse_config({"out": "x", "backbone": {"name": "m"}, "tasks": {
+            "classification": {"train": "a", "labels": labels}}}, root=tmp_path).tasks["classification"].labels
+    assert made("labels.txt") == ["cat", "dog"] == made(["cat", "dog"])
+    for labels, message in (("none.txt", "tasks.classification.labels: cannot read the list"), (["a"], "at least 2"),
+                            (["a", "a"], "distinct")):
+        with pytest.raises(UserError, match=message):
+            made(labels)

@@ -53,6 +53,8 @@ def test_patterns_become_files_in_order_each_once(tmp_path):
         names("b-*.tar")
     with pytest.raises(UserError, match="no shard matches .*a-3.tar"):
         names("a-{2..3}.tar")
+    with pytest.raises(UserError, match="braces do not match"):
+        names("a-{0..")
     assert not (tmp_path / "cache").exists()
 
 

@@ -52,7 +52,7 @@ def test_adapters_learn_on_a_quantised_language_model(llava, tiny_shards, tmp_pa
     with pytest.raises(UserError, match="cannot be merged into"):
         merged_state(model, "vqa")
     losses = {}
-    train(config, on_step=lambda step, loss, keys: losses.update({step: sum(loss.values())}))
+    train(config, on_step=lambda step, loss: losses.update({step: sum(loss.values())}))
     assert sum(losses[s] for s in (13, 14, 15)) < sum(losses[s] for s in (1, 2, 3))
     assert load_run(config.out)[0].summary.layers.keys() == model.summary.layers.keys()
 

@@ -175,6 +175,41 @@ def test_damage_within_a_shard_is_told(tmp_path):
     assert keys == ["0", "1", "2"] and "the shard cannot be read on" in faults[""]
 
 
+def test_nothing_behind_a_header_of_zeros_is_lost_in_silence(tmp_path):
+    write_tar(tmp_path / "a.tar", members({str(i): vqa(i) for i in range(4)}))
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[2 * 2048:2 * 2048 + 512] = bytes(512)
+    (tmp_path / "a.tar").write_bytes(data)
+    keys, faults = keys_and_faults(tmp_path / "a.tar")
+    assert keys == ["0", "1"] and "more behind the end mark" in faults[""]
+
+
+def test_names_that_are_no_utf8_and_of_any_length(tmp_path):
+    write_tar(tmp_path / "a.tar", members({"aZ": vqa(0), "x" * 5000: vqa(1), "b": vqa(2)}))
+    data = (tmp_path / "a.tar").read_bytes()
+    for name in (b"aZ.png", b"aZ.json"):  # its second character becomes a byte that is no UTF-8
+        at = data.index(name)
+        header = bytearray(data[at:at + 512])
+        header[1] = 0x81
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        data = data[:at] + header + data[at + 512:]
+    (tmp_path / "a.tar").write_bytes(data)
+    keys, faults = keys_and_faults(tmp_path / "a.tar")
+    assert len(keys) == 3 and keys[1] == "x" * 5000 and not faults
+    assert keys[0] == "a\\x81"
+
+
+def test_a_header_that_lies_about_its_size_takes_no_memory(tmp_path):
+    write_tar(tmp_path / "a.tar", members({"0": vqa(0)}))
+    info = tarfile.TarInfo("x")
+    info.type, info.size = b"L", 1 << 33
+    good = (tmp_path / "a.tar").read_bytes()[:2048]
+    (tmp_path / "a.tar").write_bytes(good + info.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+    keys, faults = keys_and_faults(tmp_path / "a.tar")
+    assert keys == ["0"] and "a header of 8,589,934,592 bytes" in faults[""]
+
+
 def test_a_shard_that_cannot_be_opened_is_a_fault(tmp_path):
     write_tar(tmp_path / "a.tar", members({"0": vqa(0)}))
     keys, faults = keys_and_faults(tmp_path / "a.tar", tmp_path / "gone.tar")

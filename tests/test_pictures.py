@@ -94,3 +94,8 @@ def test_truncated_and_empty_files_are_refused():
         for cut in (0, 1, 10, len(data) // 2):
             with pytest.raises(BadSample, match="cannot be decoded"):
                 decode_image(data[:cut])
+
+
+def test_formats_for_which_pillow_starts_a_program_are_never_opened():
+    with pytest.raises(BadSample, match="cannot be decoded: UnidentifiedImageError"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")

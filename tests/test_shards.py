@@ -37,7 +37,9 @@ def test_writing_again_leaves_no_shard_of_before(tmp_path):
     ({"answers": []}, "answers is not a list of texts"), ({"question": None}, "question is not a text"),
     ({"task": ""}, "field task"), ({"image": b"no"}, "cannot be decoded"),
     ({"image": "/nowhere.png"}, "cannot be read"),
-    ({"key": "../x"}, "key"), ({"image_id": None}, "image_id"), ({"image": 3}, "image must be")])
+    ({"key": "../x"}, "key"), ({"key": "\ud800"}, "key"), ({"image": "a\0b"}, "cannot be read"),
+    ({"more": {1: 2, "a": 3}}, "cannot be written as JSON"),
+    ({"image_id": None}, "image_id"), ({"image": 3}, "image must be")])
 def test_bad_samples_are_refused_when_written_and_leave_nothing(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         write_shards([{**vqa(), "image": png(), **change}], tmp_path)
@@ -77,6 +79,16 @@ def test_a_write_that_broke_off_is_taken_up_again(tmp_path, before):
     assert {p.name for p in (tmp_path / "b").iterdir()} == {p.name for p in (tmp_path / "a").iterdir()}
     for shard in straight["shards"]:
         assert checksum(tmp_path / "b" / shard["file"]) == shard["sha256"] == checksum(tmp_path / "a" / shard["file"])
+
+
+def test_a_write_killed_before_its_first_shard_is_noted_loses_nothing(tmp_path, monkeypatch):
+    def killed(file):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("vl_mtl_lora.data.shards.checksum", killed)
+        write_shards(tiny_samples(5), tmp_path, samples_per_shard=4)
+    assert write_shards(tiny_samples(5), tmp_path, samples_per_shard=4, resume=True)["samples"] == 15
 
 
 def test_only_the_same_write_is_taken_up_again(tmp_path):

@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,6 +133,27 @@ def test_broken_pictures_are_told_and_end_training_past_the_share(tmp_path, work
         assert set(first.keys + second.keys) == set("023456789") and len(first.keys) == len(second.keys) == 5
 
 
+@pytest.mark.parametrize("start", [0, 3, 10])
+def test_one_broken_picture_ends_no_batch_of_one_row_and_no_resumed_run(tmp_path, start):
+    write_tar(tmp_path / "a.tar", [pair for i in range(10) for pair in members(
+        {str(i): vqa(i)}, picture=b"broken" if i == 1 else png())])
+    batches = take(stream_of(tmp_path, rows=[1], tasks=["vqa"]), 25, faults=FaultLog(0.2), start=start)
+    assert all(len(b.keys) == 1 and b.keys[0] != "1" for b in batches)
+    assert [f.key for b in batches for f in b.faults] == ["1"]
+
+
+def test_augmentation_of_any_library_is_a_function_of_the_batch(tiny_shards):
+    def noisy(image):
+        return torch.tensor([[[random.random(), np.random.rand(), float(torch.rand(()))]]])
+
+    random.seed(5), np.random.seed(5)
+    batches = [take(stream_of(tiny_shards, transform=noisy), 3, workers)[2].images for workers in (0, 2)]
+    assert torch.equal(*batches)
+    state = random.getstate(), np.random.get_state()[1].tolist()
+    take(stream_of(tiny_shards, transform=noisy), 1)
+    assert state == (random.getstate(), np.random.get_state()[1].tolist())
+
+
 def test_a_picture_that_the_model_cannot_take_is_a_fault(tmp_path):
     write_tar(tmp_path / "a.tar", [*members({"0": vqa(0)}), *members({"1": vqa(1)}, png(size=(400, 1)))])
 
@@ -156,7 +179,7 @@ def test_a_shard_that_vanishes_during_the_run_ends_it_with_a_message(tmp_path, w
     alone = write_tar(tmp_path / "alone" / "a.tar", members({"0": vqa(0)}))
     stream = stream_of(tmp_path / "alone", rows=[6], tasks=["vqa"])
     alone.unlink()
-    with pytest.raises(UserError, match="no sample of a whole batch of task vqa can be used(.|\n)*No such file"):
+    with pytest.raises(UserError, match="no sample of a batch of task vqa can be used(.|\n)*No such file"):
         take(stream, 1, workers)
 
 

@@ -122,6 +122,8 @@ def test_choices_are_compared_by_similarity(tiny_backbone, images, pictures):
         close(made.loss(backbone, states, made.collate(samples, RNG)).double(), total)
         for zero_shot in (True, False):
             assert made.predict(backbone, states, samples, zero_shot) == wanted
+    made.loss(backbone, states, made.collate(samples, RNG)).backward()
+    assert torch.isfinite(made.log_scale.grad)  # though some questions have fewer choices than others
     right = sum(w == s.fields["answer"] for w, s in zip(wanted, samples))
     assert made.score(wanted, samples) == {"accuracy": 25.0 * right}
     assert made.answers(wanted, samples, [1]) == [(samples[1].fields["choices"][wanted[1]], wanted[1] == 2)]
@@ -236,7 +238,7 @@ def test_all_kinds_train_together_and_are_reported(config_of):
     config = config_of("retrieval", "vqa", "captioning", *SECTIONS)
     config = config.model_copy(update={"train": config.train.model_copy(update={"steps": 150})})
     losses = {}
-    train(config, on_step=lambda step, loss, keys: losses.update({step: loss}))
+    train(config, on_step=lambda step, loss: losses.update({step: loss}))
     for name in config.tasks:
         assert sum(losses[s][name] for s in range(141, 151)) < sum(losses[s][name] for s in range(1, 11)), name
     results = compare(config.out)

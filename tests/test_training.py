@@ -29,7 +29,7 @@ from vl_mtl_lora.trainer import build_optimizer, build_stream, learning_rate_fac
 
 def losses_of(config, resume=False):
     seen = {}
-    train(config, resume=resume, on_step=lambda step, losses, keys: seen.update({step: losses}))
+    train(config, resume=resume, on_step=lambda step, losses: seen.update({step: losses}))
     return seen
 
 
@@ -102,7 +102,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tiny_config, tmp_p
 def test_a_killed_run_resumes_with_the_losses_and_samples_of_an_uninterrupted_one(tiny_config, tmp_path, step, workers):
     config = changed(tiny_config(steps=60, save_every=3, eval_every=7), data={"workers": workers})
     straight = {}
-    train(config, on_step=lambda step, losses, keys: straight.update({step: (losses, keys)}))
+    told(config, straight)
     killed = config.model_copy(update={"out": str(tmp_path / "killed")})
     (tmp_path / "config.yaml").write_text(dump_config(killed))
     steps = tmp_path / "steps"
@@ -119,19 +119,28 @@ def test_a_killed_run_resumes_with_the_losses_and_samples_of_an_uninterrupted_on
     before = len(seen)
     assert step <= before < 60 and all(seen[s] == straight[s] for s in seen)
     again = {}
-    train(killed, resume=True, on_step=lambda step, losses, keys: again.update({step: (losses, keys)}))
+    told(killed, again, resume=True)
     assert min(again) > before - 3 and again == {s: straight[s] for s in again}
     assert seen.keys() | again.keys() == straight.keys()
     log = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "lr" in entry] == list(range(1, 61))
 
 
+def told(config, seen, **options):
+    """Trains; `seen` gets {step: (losses, keys of the samples)}."""
+    keys = []
+    train(config, on_batch=lambda batch: keys.append(batch.keys),
+          on_step=lambda step, losses: seen.update({step: (losses, keys[-1])}), **options)
+
+
 KILLED = """
 import json, sys
 from vl_mtl_lora import load_config
 from vl_mtl_lora.trainer import train
+keys = []
 with open(sys.argv[2], "w", buffering=1) as steps:
-    train(load_config(sys.argv[1]), on_step=lambda *step: print(json.dumps(step), file=steps))
+    train(load_config(sys.argv[1]), on_batch=lambda batch: keys.append(batch.keys),
+          on_step=lambda step, losses: print(json.dumps([step, losses, keys[-1]]), file=steps))
 """
 
 

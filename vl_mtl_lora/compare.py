@@ -45,4 +45,3 @@ def compare(run: str | Path, split: str = "test", limit: int | None = None,
                              lambda task, row: indices[task].sample(row).images)
     write_report(folder, results, examples, read_log(folder))
     return results
-

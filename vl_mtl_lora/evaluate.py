@@ -47,7 +47,7 @@ def evaluate_task(model: MultiTaskModel, index: TaskIndex, *, zero_shot: bool, r
     samples: list[Sample] = []
     places: list[int] = []
     predictions: list[Any] = []
-    batches = eval_batches(index, backbone.loader_preprocess(False), rows=rows, faults=faults or FaultLog(),
+    batches = eval_batches(index, backbone.loader_preprocess([None])[0], rows=rows, faults=faults or FaultLog(),
                            collate_images=backbone.collate_images, limit=limit)
     arm = "zero-shot" if zero_shot else "adapted"
     total = len(index) if limit is None else min(limit, len(index))

@@ -18,7 +18,8 @@ from vl_mtl_lora.trainer import train
 log = logging.getLogger(__name__)
 
 Example = Literal["short", "long", "kinds"]
-_MADE = ("config.yaml", "log.jsonl", "tensorboard", "last", "best", "results.json", "report.md", "report.html")
+_MADE = ("config.yaml", "log.jsonl", "tensorboard", "last", "best", "last.old", "best.old", "results.json", "report.md",
+         "report.html")
 
 
 def quickstart_config(out: str | Path, example: Example = "short", overrides: list[str] = ()) -> RunConfig:

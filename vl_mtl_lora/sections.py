@@ -55,7 +55,6 @@ class CommonTaskSection(_Strict):
 class RetrievalSection(CommonTaskSection):
     kind: Literal["retrieval"] = "retrieval"
     images: ClassVar[int] = 1  # of each sample
-    tag: str | None = Field(None, min_length=1)  # of the task's samples in the shards; default: the task's name
     least_rows: ClassVar[int] = 2  # one has no negative
     rows: int = Field(32, ge=2)
     augment: bool | dict[str, Any] = True
@@ -186,7 +185,7 @@ class TrainSection(_Strict):
     accumulate: int = Field(1, ge=1)  # batches per optimizer step
     precision: Literal["float32", "bf16"] = "float32"
     checkpointing: bool = False  # recompute blocks in the backward pass to save memory
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     log_every: int = Field(10, ge=1)
     eval_every: int = Field(0, ge=0)  # steps between evaluations on the valid shards; 0: only at the end
     eval_samples: int = Field(500, ge=1)  # of each task

@@ -24,7 +24,7 @@ from vl_mtl_lora.data.faults import FaultLog
 from vl_mtl_lora.data.index import TaskIndex, build_indices
 from vl_mtl_lora.data.mixing import expected_rows
 from vl_mtl_lora.data.pictures import output_side
-from vl_mtl_lora.data.stream import BatchStream, Feed, loader_deaths_told, train_batches
+from vl_mtl_lora.data.stream import Batch, BatchStream, Feed, loader_deaths_told, train_batches
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.evaluate import evaluate_tasks, primary_score
 from vl_mtl_lora.model import MultiTaskModel, build_model, checkpoint_blocks
@@ -32,15 +32,15 @@ from vl_mtl_lora.model import MultiTaskModel, build_model, checkpoint_blocks
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, resume: bool = False,
-          on_step: Callable[[int, dict, list[str]], None] | None = None) -> Path:
+def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict], None] | None = None,
+          on_batch: Callable[[Batch], None] | None = None) -> Path:
     """Trains the adapters and heads that a config describes; returns the run's folder.
 
     Args:
         config: the run. Its folder gets config.yaml, log.jsonl, tensorboard/, last/ and best/.
         resume: go on from last/ instead of starting anew.
-        on_step: called after each optimizer step with the step number, the losses of its last batch, and the keys of
-            all samples in it.
+        on_step: called after each optimizer step with the step number and the losses of its last batch.
+        on_batch: called with each batch before it is used.
 
     Raises:
         UserError: a config, shard or checkpoint that cannot be used; a folder that already holds another run; a
@@ -92,11 +92,11 @@ def train(config: RunConfig, resume: bool = False,
         for fault in found:
             journal.write({"step": step, "fault": str(fault)})
         while step < section.steps:
-            keys: list[str] = []
             for _ in range(section.accumulate):
                 with meter.waiting():
                     batch = next(batches)
-                keys += batch.keys
+                if on_batch:
+                    on_batch(batch)
                 for fault in batch.faults:
                     journal.write({"step": step, "fault": str(fault)})
                 with torch.autocast(accelerator.device.type, torch.bfloat16, section.precision == "bf16"):
@@ -118,7 +118,7 @@ def train(config: RunConfig, resume: bool = False,
             step += 1
             bar.update()
             if on_step:
-                on_step(step, {name: float(loss.detach()) for name, loss in losses.items()}, keys)
+                on_step(step, {name: float(loss.detach()) for name, loss in losses.items()})
             if logs:
                 means, speed = meter.read()
                 journal.write({"step": step, **{f"loss/{name}": value for name, value in means.items()},
@@ -147,12 +147,12 @@ def train(config: RunConfig, resume: bool = False,
 
 
 def _check_resumable(saved: RunConfig, config: RunConfig) -> None:
-    """What decides the order of samples must be as it was, or the stream would go on at another place."""
+    """What decides the order of samples, or what a head's outputs mean, must be as it was."""
     def settings(data: dict) -> dict:
         return {"train.seed": data["train"]["seed"], "train.accumulate": data["train"]["accumulate"],
                 "data.shuffle": data["data"]["shuffle"], "data.mixing": data["data"]["mixing"],
-                **{f"tasks.{name}.{key}": task[key] for name, task in data["tasks"].items()
-                   for key in ("kind", "tag", "rows", "train", "format", "augment")}}
+                **{f"tasks.{name}.{key}": task.get(key) for name, task in data["tasks"].items()
+                   for key in ("kind", "tag", "rows", "images", "train", "format", "augment", "labels", "answers")}}
 
     before, after = settings(saved.model_dump()), settings(config.model_dump())
     for key in before:
@@ -262,11 +262,11 @@ def build_stream(config: RunConfig, model: MultiTaskModel, indices: Mapping[str,
         UserError: a batch of data.mixing.rows is too small for the tasks.
     """
     feeds = []
-    for name, section in config.tasks.items():
-        options = section.augment if isinstance(section.augment, dict) else {}
-        transform = model.backbone.loader_preprocess(bool(section.augment), **options)
+    options = [({} if section.augment is True else section.augment) if section.augment else None
+               for section in config.tasks.values()]
+    for name, augmentation, transform in zip(config.tasks, options, model.backbone.loader_preprocess(options)):
         # Twice what comes out: resizing by half or more hides what was left out. Of a crop, so much must be left.
-        cropped = math.sqrt(min(options.get("scale") or (0.9,))) if section.augment else 1.0
+        cropped = 1.0 if augmentation is None else math.sqrt(min(augmentation.get("scale") or (0.9,)))
         side = output_side(transform)
         feeds.append(Feed(indices[name], transform, copy.deepcopy(model.tasks[name]).cpu().collate,
                           side and math.ceil(2 * side / cropped)))

@@ -119,7 +119,7 @@ class Backbone(nn.Module):
     def __init__(self):
         super().__init__()
         self.cache = KeyValueCache()
-        self._scaling: Tensor | None = None  # (2, 1, 3, 1, 1): mean and deviation of `loader_preprocess`
+        self._scaling: Tensor | None = None  # (2, 1, 3, 1, 1): mean and deviation of the model's pictures
         self.left_out: dict[str, str] = {}
 
     # -- pictures and texts in ------------------------------------------------------------------------------------
@@ -134,26 +134,29 @@ class Backbone(nn.Module):
         """
         return _Preprocess(self.transform(train, **augmentation))
 
-    def loader_preprocess(self, train: bool, **augmentation) -> Callable[[Image.Image], Any]:
-        """`preprocess` for loader processes; `image_states` takes its pictures alike.
+    def loader_preprocess(self, augmentations: Sequence[Mapping[str, Any] | None]
+                          ) -> list[Callable[[Image.Image], Any]]:
+        """`preprocess` for the pictures of one batch in loader processes; `image_states` takes them alike.
 
-        Of a backbone that takes bytes, where it ends with torchvision's ToTensor and Normalize: those are left to
-        `scaled`. A picture then travels as (3, H, W) bytes, a quarter of the size, and becomes the same floats later.
+        Of a backbone that takes bytes, where all end with torchvision's ToTensor and the model's own Normalize: those
+        are left to `scaled`. A picture then travels as (3, H, W) bytes, a quarter of the size, and becomes the same
+        floats later.
+
+        augmentations: of each kind of picture the options of its augmentation, None for none at all.
         """
-        transform = self.transform(train, **augmentation)
-        *steps, last = getattr(transform, "transforms", [None])
-        if self.takes_bytes and steps and isinstance(steps[-1], transforms.ToTensor) \
-                and isinstance(last, transforms.Normalize):
-            scaling = torch.stack([torch.as_tensor(last.mean), torch.as_tensor(last.std)]).view(2, 1, -1, 1, 1)
-            if self._scaling is None or torch.equal(self._scaling, scaling):
-                self._scaling = scaling
-                transform = transforms.Compose([*steps[:-1], transforms.PILToTensor()])
-        return _Preprocess(transform)
+        found = [self.transform(options is not None, **(options or {})) for options in augmentations]
+        scalings = [_scaling(transform) for transform in found]
+        own = _scaling(self.transform(False)) if self.takes_bytes else None
+        if own is not None and all(scaling is not None and torch.equal(scaling, own) for scaling in scalings):
+            found = [transforms.Compose([*each.transforms[:-2], transforms.PILToTensor()]) for each in found]
+        return [_Preprocess(transform) for transform in found]
 
     def scaled(self, images: Tensor) -> Tensor:
         """A batch of pictures as bytes -> floats as `preprocess` gives them; floats stay as they are."""
         if images.dtype != torch.uint8:
             return images
+        if self._scaling is None:
+            self._scaling = _scaling(self.transform(False)).view(2, 1, -1, 1, 1)
         mean, std = self._scaling.to(images.device)
         return images.float().div_(255).sub_(mean).div_(std)
 
@@ -287,6 +290,14 @@ def _library_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 def unit(x: Tensor) -> Tensor:
     """(..., E) vectors of length one, in float32 or wider: similarities decide by small differences."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+
+def _scaling(transform: Any) -> Tensor | None:
+    """(2, 3): mean and deviation of a transform that ends with ToTensor and Normalize, None of another one."""
+    *_, to_tensor, normalize = [None, None, *getattr(transform, "transforms", ())]
+    if isinstance(to_tensor, transforms.ToTensor) and isinstance(normalize, transforms.Normalize):
+        return torch.stack([torch.as_tensor(normalize.mean), torch.as_tensor(normalize.std)])
+    return None
 
 
 class _Preprocess:

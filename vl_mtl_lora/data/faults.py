@@ -34,7 +34,7 @@ class FaultLog:
 
     def __init__(self, max_share: float = 0.01):
         self.max_share = max_share
-        self.faults: dict[Fault, None] = {}  # in the order met, each once
+        self.faults: dict[Fault, tuple[str, str]] = {}  # in the order met, each once: task and stage
         self._seen: Counter[tuple[str, str]] = Counter()
         self._broken: Counter[tuple[str, str]] = Counter()
 
@@ -50,19 +50,23 @@ class FaultLog:
         self._broken[task, stage] += 1
         new = fault not in self.faults
         if new:
-            self.faults[fault] = None
+            self.faults[fault] = task, stage
             log.warning("skipped a sample of %s: %s", task, fault)
         if self._seen[task, stage] >= _EARLY:
             self.judge(task, stage)
         return new
+
+    def seen(self, task: str, stage: str) -> int:
+        """How many records of a task were counted at a stage."""
+        return self._seen[task, stage]
 
     def judge(self, task: str, *stages: str) -> None:
         """Raises UserError where more than the allowed share of what a stage has seen is broken."""
         for stage in stages:
             seen, broken = self._seen[task, stage], self._broken[task, stage]
             if broken > self.max_share * seen:
-                listed = "\n  ".join(map(str, list(self.faults)[:10]))
-                listed += f"\n  and {len(self.faults) - 10} more" if len(self.faults) > 10 else ""
+                own = [str(fault) for fault, place in self.faults.items() if place == (task, stage)]
+                listed = "\n  ".join(own[:10]) + (f"\n  and {len(own) - 10} more" if len(own) > 10 else "")
                 raise UserError(f"{broken} of {seen} {stage}s read for task {task} cannot be used, more than the share "
                                 f"data.max_fault_share = {self.max_share:g} allows:\n  {listed}")
 

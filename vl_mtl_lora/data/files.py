@@ -45,9 +45,14 @@ def shard_files(patterns: Sequence[str], cache: str | Path, allow_pipe: bool = F
                 raise UserError(f"{pattern!r}: shards from shell commands are refused; data.allow_pipe: true runs them")
             found[pattern] = None
             continue
-        for path in braceexpand.braceexpand(pattern):
+        try:
+            paths = list(braceexpand.braceexpand(pattern))
+        except ValueError as error:
+            raise UserError(f"{pattern!r}: braces do not match: {error}") from error
+        for path in paths:
             found |= dict.fromkeys(_remote(path) if "://" in path else _local(path))
-    copies = {url: _copy_of(url, Path(cache).expanduser()) for url in found}
+    folder = Path(os.path.expanduser(cache))
+    copies = {url: _copy_of(url, folder) for url in found}
     missing = [(url, copy) for url, copy in copies.items() if copy and not copy.exists()]
     if missing:
         with ThreadPoolExecutor(_AT_ONCE) as pool:

@@ -45,7 +45,8 @@ class SampleOrder:
         places = np.arange(window * self._window, min((window + 1) * self._window, len(self)))
         at = np.searchsorted(ends, places, side="right")  # which of the shuffled shards
         rows = self._starts[shards[at]] + places - (ends - self._sizes[shards])[at]
-        return np.random.default_rng([*self._seed, epoch, window]).permutation(rows)
+        # From 1 on: a zero at its end makes no other seed, and the shards' order has drawn from [.., epoch].
+        return np.random.default_rng([*self._seed, epoch, 1 + window]).permutation(rows)
 
 
 class Schedule:

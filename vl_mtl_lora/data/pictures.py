@@ -10,6 +10,10 @@ from PIL import Image, ImageOps
 from vl_mtl_lora.errors import BadSample
 
 _ORIENTATION = 0x0112  # the EXIF tag
+Image.init()
+# What pictures of data sets come in. Others are never opened: for some of them Pillow starts another program.
+_FORMATS = [name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO")
+            if name in Image.OPEN]
 
 
 def decode_image(data: bytes, side: int | None = None) -> Image.Image:
@@ -19,7 +23,7 @@ def decode_image(data: bytes, side: int | None = None) -> Image.Image:
         that size, which takes a fraction of the time; None: as it is.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
         if side is not None:
             image.draft(None, (side, side))
         image.load()

@@ -25,7 +25,10 @@ def description(file: BinaryIO, record: Record, format: str, kind: str | None = 
     if name not in record.members:
         raise BadSample(f"no member .{name}")
     offset, length = place = record.members[name]
-    return place, os.pread(file.fileno(), length, offset)
+    try:
+        return place, os.pread(file.fileno(), length, offset)
+    except OSError as error:
+        raise BadSample(f"member .{name} cannot be read: {error}") from error
 
 
 def tagged_fields(text: bytes, known_tags: Collection[str] | None = None) -> dict:

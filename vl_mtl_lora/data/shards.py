@@ -120,7 +120,10 @@ class _Writer:
             self.check_resumed()
         self.keys.add(key)
         fields = {name: value for name, value in sample.items() if name not in ("image", "images")}
-        self.digest.update(json.dumps(fields, sort_keys=True, default=str).encode() + b"\n")
+        try:
+            self.digest.update(json.dumps(fields, sort_keys=True, default=str).encode() + b"\n")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"sample {index} ({key}): fields cannot be written as JSON: {error}") from error
         self.seen += 1
         return index >= self.resumed_at
 
@@ -143,18 +146,19 @@ class _Writer:
         counts = Counter(record["__task__"] for record in records)
         self.shards.append({"file": file.name, "samples": len(records), "tasks": dict(sorted(counts.items())),
                             "bytes": file.stat().st_size, "sha256": checksum(file)})
-        self._note()
+        self._note(self.digest, self.seen)
 
     def _start(self) -> None:
         """From here on nothing of an earlier write may pass for a part of this one."""
-        self._note()
+        self._note(hashlib.sha256(), 0)
         self.manifest_file.unlink(missing_ok=True)
         for old in self.out_dir.iterdir():
             if re.fullmatch(re.escape(self.name) + r"-\d{6}\.tar", old.name):
                 old.unlink()
 
-    def _note(self) -> None:
-        _write_json(self.partial_file, {"seen": self.seen, "digest": self.digest.hexdigest(), "shards": self.shards,
+    def _note(self, digest, seen: int) -> None:
+        """Notes which samples are in whole shards: `seen` of them, of this digest."""
+        _write_json(self.partial_file, {"seen": seen, "digest": digest.hexdigest(), "shards": self.shards,
                                         "settings": self.settings, "skipped": self.skipped})
 
     def finish(self, source: str, licence: str) -> dict:
@@ -216,8 +220,8 @@ def checksum(file: Path) -> str:
 
 def _record(sample: Mapping[str, Any], key: str, stored: Callable[[Any], tuple[bytes, str]]) -> dict[str, Any]:
     fields, images = check_sample(sample)
-    if not key or any(c in key for c in "./\\") or key.strip() != key:
-        raise BadSample(f"key {key!r} may not be empty or hold . / \\ or outer spaces")
+    if not key or any(c in key for c in "./\\") or key.strip() != key or not key.isprintable():
+        raise BadSample(f"key {key!r} may not be empty or hold . / \\, outer spaces or what cannot be printed")
     files = [stored(image) for image in images]
     names = ("",) if len(files) == 1 else tuple(f"{i}." for i in range(len(files)))
     try:
@@ -273,7 +277,7 @@ def image_file(image: Any, max_side: int | None = None) -> tuple[bytes, str]:
     if hasattr(image, "read_bytes"):
         try:
             image = image.read_bytes()
-        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:  # the last three from inside a zip
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:  # the last three: of a zip
             raise BadSample(f"image cannot be read: {error}") from error
     if not isinstance(image, bytes):
         raise BadSample(f"image must be a path, bytes or a PIL image, got {type(image).__name__}")

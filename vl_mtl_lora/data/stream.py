@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,6 +23,8 @@ from vl_mtl_lora.data.mixing import SampleOrder, Schedule
 from vl_mtl_lora.data.pictures import decode_image
 from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.errors import BadSample, UserError
+
+_MOST_TRIED = 100  # samples in place of a batch's own, where none of these can be used
 
 
 @dataclass
@@ -111,19 +114,30 @@ class BatchStream(Dataset):
 
 @contextmanager
 def _pinned(seed: int) -> Iterator[None]:
-    """Augmentation draws from torch's CPU generator: inside it has a seed, afterwards it is as it was."""
-    state = torch.get_rng_state()
+    """Augmentation draws from the generators of torch (CPU), Python and numpy, according to its library: inside they
+    have a seed, afterwards they are as they were."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     try:
         yield
     finally:
-        torch.set_rng_state(state)
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
 
 
 def _read(feed: Feed, places: Sequence[tuple[int, int]], checked: list) -> tuple[list, list[Sample]]:
-    """(pictures, samples) at some places. One that is no good is replaced by another of them: the count stays."""
-    task, good = feed.index.source.task, []
-    for epoch, row in places:
+    """(pictures, samples) at some places. One that is no good is replaced by another of them: the count stays.
+
+    Where none of them is good, the samples that follow in the shards are tried.
+    """
+    task, good, (first_epoch, first) = feed.index.source.task, [], places[-1]
+    after = ((first_epoch, (first + i) % len(feed.index)) for i in range(1, _MOST_TRIED))
+    for number, (epoch, row) in enumerate(itertools.chain(places, after)):
+        if number >= len(places) and good:
+            break
         try:
             sample = feed.index.sample(row, epoch)
             good.append((_pictures(sample, feed.transform, feed.side), sample))
@@ -132,7 +146,7 @@ def _read(feed: Feed, places: Sequence[tuple[int, int]], checked: list) -> tuple
         else:
             checked.append((task, None))
     if not good:
-        raise UserError(f"no sample of a whole batch of task {task} can be used: "
+        raise UserError(f"no sample of a batch of task {task} can be used, and none of those after it: "
                         + "; ".join(str(fault) for name, fault in checked[-3:] if name == task))
     good += [good[i % len(good)] for i in range(len(places) - len(good))]
     return [picture for pictures, _ in good for picture in pictures], [sample for _, sample in good]
@@ -171,8 +185,9 @@ def train_batches(stream: BatchStream, workers: int, *, faults: FaultLog | None 
         if isinstance(batch, UserError):
             raise batch
         batch.faults = [fault for task, fault in batch.checked if faults.count(task, "picture", fault)]
-        for task, epochs in batch.epochs.items():
-            if epochs >= 1:  # all of the task's samples have been read
+        for feed in stream.feeds:
+            task = feed.index.source.task
+            if faults.seen(task, "picture") >= len(feed.index):  # as many as there are; none of before resuming counts
                 faults.judge(task, "picture")
         yield batch
 

@@ -154,7 +154,7 @@ def validate(shards: Sequence[str], format: str = "tagged", processes: int = 1,
             for fault in found:
                 tell(fault)
             faults += found
-    for fault in _check_manifests(of_shards):
+    for fault in _check_manifests({str(Path(shard)): found for shard, found in of_shards.items()}):
         tell(fault)
         faults.append(fault)
     return counts, faults

@@ -59,8 +59,8 @@ class MultipleChoice(nn.Module):
         if self.answer_by == "ranking":
             return next_token_loss(backbone, states, inputs)
         query = backbone.encode_image(states) if self.images else backbone.encode_text(inputs["queries"])
-        scores = _similarities(query, backbone.encode_text(inputs["tokens"]), inputs["places"])
-        return F.cross_entropy(self.log_scale.exp() * scores, inputs["labels"])
+        choices = backbone.encode_text(inputs["tokens"])
+        return F.cross_entropy(_scores(query, choices, inputs["places"], self.log_scale.exp()), inputs["labels"])
 
     def predict(self, backbone, states, samples, zero_shot):
         """The number of one choice per sample."""
@@ -72,7 +72,7 @@ class MultipleChoice(nn.Module):
         else:
             query = embed_texts(backbone, [s.fields["question"] for s in samples])
         choices = embed_texts(backbone, self._statements(samples))
-        return _similarities(query, choices, _places(samples).to(query.device)).argmax(dim=1).tolist()
+        return _scores(query, choices, _places(samples).to(query.device)).argmax(dim=1).tolist()
 
     def score(self, predictions, samples):
         right = [prediction == s.fields["answer"] for prediction, s in zip(predictions, samples)]
@@ -91,7 +91,8 @@ def _places(samples) -> torch.Tensor:
                          for start, count in zip(starts, counts)])
 
 
-def _similarities(query, choices, places):
-    """(B, C) similarities of queries (B, E) and their own of the choices (N, E); -inf where there is none."""
+def _scores(query, choices, places, scale=1.0):
+    """(B, C) scaled similarities of queries (B, E) and their own of the choices (N, E); -inf where there is none."""
     own = choices[places.clamp(min=0)]  # (B, C, E)
-    return similarity(own, query.unsqueeze(2)).squeeze(2).masked_fill(places < 0, float("-inf"))
+    # Scaled before it is masked: the slope of a scale at -inf is no number.
+    return (scale * similarity(own, query.unsqueeze(2)).squeeze(2)).masked_fill(places < 0, float("-inf"))
