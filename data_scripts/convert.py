@@ -108,7 +108,7 @@ class Picture:
         found = self.download.find(*self.names)
         if found is None:
             raise FileNotFoundError(f"{' or '.join(self.names)} is neither in {self.download.folder} nor in a .zip "
-                                    "file there; --dry-run lists all that is missing, --skip-broken does without")
+                                    "file there; --dry-run tells how many are missing, --skip-broken does without")
         return _read(found)
 
 
@@ -225,7 +225,7 @@ def convert(args: argparse.Namespace, samples: Callable[[str], Iterable[Mapping[
             sys.exit(1)
         return
     for split, name in names.items():
-        if args.resume and _is_whole(args.out, name, counts[split], args.samples_per_shard):
+        if args.resume and _is_whole(args.out, name, counts[split], args):
             print(f"{name} is whole already")
             continue
         rows = tqdm(islice(_rows(samples(split), source), args.limit), total=counts[split], desc=name, unit="sample",
@@ -280,13 +280,13 @@ def _told(tasks: Mapping[str, int]) -> str:
     return f"{sum(tasks.values()):,} samples ({listed})"
 
 
-def _is_whole(out: Path, name: str, samples: int, per_shard: int) -> bool:
-    """Whether the shards of a split are there and were made of as many samples."""
+def _is_whole(out: Path, name: str, samples: int, args: argparse.Namespace) -> bool:
+    """Whether the shards of a split are there and were made of as many samples in the same way."""
     try:
         manifest = json.loads((out / f"{name}.manifest.json").read_text(encoding="utf-8"))
         sizes = [(out / shard["file"]).stat().st_size == shard["bytes"] for shard in manifest["shards"]]
         same = (manifest["samples"] + len(manifest["skipped"]) == samples
-                and manifest["shards"][0]["samples"] == min(per_shard, manifest["samples"]))
+                and (manifest["samples_per_shard"], manifest["max_side"]) == (args.samples_per_shard, args.max_side))
     except (OSError, ValueError, LookupError, TypeError):
         return False
     return same and all(sizes) and not partial_file(out, name).exists()

@@ -10,6 +10,7 @@ folders. Licence: that of your pictures, see --licence.
 
 import json
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -42,6 +43,13 @@ def split_folders(root: Path, splits: list[str]) -> dict[str, Path]:
         raise UserError(f"{root} is no folder; expected one that holds SPLIT/CLASS/*.jpg or CLASS/*.jpg")
     found = {split: root / name for split, names in SPLITS.items() for name in names
              if (root / name).is_dir() and subfolders(root / name)} or {"train": root}
+    flat = [(split, root / name) for split in splits for name in SPLITS[split]
+            if (root / name).is_dir() and not subfolders(root / name)]
+    for split, folder in flat:
+        if split != "test":
+            raise UserError(f"{folder} holds no folders of classes: sort its pictures into them, or name the other "
+                            "splits with --split")
+        print(f"left out: {folder} holds no folders of classes, so no labels", file=sys.stderr)
     wanted = {split: folder for split, folder in found.items() if split in splits}
     if not wanted:
         raise UserError(f"{root} has no split {' or '.join(splits)}, only {', '.join(found)}")

@@ -3,6 +3,8 @@
 import functools
 import gzip
 import http.server
+import io
+import tarfile
 import threading
 from pathlib import Path
 
@@ -11,6 +13,16 @@ import pytest
 from vl_mtl_lora import UserError
 from vl_mtl_lora.data import files
 from vl_mtl_lora.data.files import shard_files
+
+
+def tar(content):
+    """The bytes of a tar with one file."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        info = tarfile.TarInfo("0.txt")
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
 
 
 @pytest.fixture
@@ -62,11 +74,11 @@ def test_remote_shards_are_copied_once_with_retries(tmp_path, site, monkeypatch)
     folder, address, asked, fails = site
     monkeypatch.setattr(files, "_PAUSES", (0.0, 0.0))
     for i in range(2):
-        (folder / f"a-{i}.tar").write_bytes(bytes([i]) * 3_000_000)
+        (folder / f"a-{i}.tar").write_bytes(tar(bytes([i]) * 3_000_000))
     fails += [1, 1]
     for _ in range(2):
         found = shard_files([f"{address}/a-{{0..1}}.tar"], tmp_path / "cache")
-        assert [Path(file).read_bytes() for file in found] == [bytes([i]) * 3_000_000 for i in range(2)]
+        assert [Path(file).read_bytes() for file in found] == [tar(bytes([i]) * 3_000_000) for i in range(2)]
     assert all(asked.count(f"/a-{i}.tar") >= 1 for i in range(2)) and not list((tmp_path / "cache").glob("*.part"))
     count = len(asked)
     shard_files([f"{address}/a-0.tar"], tmp_path / "cache")
@@ -96,16 +108,16 @@ def test_any_protocol_can_have_patterns(tmp_path):
 
     memory = fsspec.filesystem("memory")
     for i in range(2):
-        memory.pipe(f"/set/a-{i}.tar", b"x" * i)
+        memory.pipe(f"/set/a-{i}.tar", tar(b"x" * i))
     found = shard_files(["memory://set/a-*.tar"], tmp_path)
-    assert [Path(file).read_bytes() for file in found] == [b"", b"x"]
+    assert [Path(file).read_bytes() for file in found] == [tar(b""), tar(b"x")]
     with pytest.raises(UserError, match="no shard matches"):
         shard_files(["memory://set/b-*.tar"], tmp_path)
 
 
 def test_compressed_shards_are_unpacked_and_anew_when_they_change(tmp_path):
     shard = tmp_path / "a.tar.gz"
-    for content in (b"one", b"other"):
+    for content in (tar(b"one"), tar(b"other")):
         shard.write_bytes(gzip.compress(content))
         (copy,) = shard_files([str(shard)], tmp_path / "cache")
         assert Path(copy).read_bytes() == content and copy.endswith("-a.tar")
@@ -115,11 +127,29 @@ def test_compressed_shards_are_unpacked_and_anew_when_they_change(tmp_path):
 
 
 def test_commands_run_only_where_they_are_allowed(tmp_path):
-    command = f"pipe:touch {tmp_path}/ran; printf tar"
+    (tmp_path / "a").write_bytes(tar(b"x"))
+    command = f"pipe:touch {tmp_path}/ran; cat {tmp_path}/a"
     with pytest.raises(UserError, match="refused; data.allow_pipe"):
         shard_files([command], tmp_path / "cache")
     assert not (tmp_path / "ran").exists()
     (copy,) = shard_files([command], tmp_path / "cache", allow_pipe=True)
-    assert Path(copy).read_bytes() == b"tar" and (tmp_path / "ran").exists()
+    assert Path(copy).read_bytes() == tar(b"x") and (tmp_path / "ran").exists()
     with pytest.raises(UserError, match="pipe:false cannot be read"):
         shard_files(["pipe:false"], tmp_path / "cache", allow_pipe=True)
+
+
+def test_what_is_no_tar_is_not_kept(tmp_path, site, monkeypatch):
+    folder, address, _, _ = site
+    monkeypatch.setattr(files, "_PAUSES", ())
+    (folder / "page.tar").write_text("<html>")
+    for pattern in (f"{address}/page.tar", "pipe:true"):
+        with pytest.raises(UserError, match="what came is no tar"):
+            shard_files([pattern], tmp_path / "cache", allow_pipe=True)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_signed_urls_are_known_by_their_path(tmp_path, site):
+    folder, address, _, _ = site
+    (folder / "a.tar.gz").write_bytes(gzip.compress(tar(b"x")))
+    (copy,) = shard_files([f"{address}/a.tar.gz?signature={'s' * 400}"], tmp_path / "cache")
+    assert Path(copy).read_bytes() == tar(b"x") and copy.endswith("-a.tar")

@@ -166,6 +166,18 @@ def test_a_truncated_shard_gives_what_it_holds(tmp_path, cut, keys):
     assert found == [*keys, "b"] and "the shard cannot be read on" in faults[""]
 
 
+def test_of_a_cut_shard_all_that_its_manifest_lists_is_lost(tmp_path):
+    write_shards(tiny_samples(20), tmp_path)
+    shard = tmp_path / "shard-000000.tar"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:len(data) // 2])
+    with pytest.raises(UserError, match=r"2\d of 60 records read for task vqa"):
+        index_of(shard, faults=FaultLog(0.3))
+    shard.unlink()
+    with pytest.raises(UserError, match="60 of 60 records read for task vqa"):
+        index_of(shard, faults=FaultLog(0.3))
+
+
 def test_damage_within_a_shard_is_told(tmp_path):
     write_tar(tmp_path / "a.tar", members({str(i): vqa(i) for i in range(6)}))
     data = bytearray((tmp_path / "a.tar").read_bytes())
@@ -282,7 +294,8 @@ def test_other_layouts_are_read_as_they_are(tmp_path, format, captions):
                                    ("s/1.jpg", png()), ("s/1.txt", b"\xff")])
     faults = FaultLog(1.0)
     (sample,) = samples_of(index_of(tmp_path / "a.tar", task="retrieval", format=format, faults=faults))
-    assert sample.fields["captions"] == captions and sample.image_id == "s/0" and sample.images == (png(),)
+    assert sample.fields["captions"] == captions and sample.images == (png(),)
+    assert sample.image_id == f"{tmp_path}/a.tar/s/0"  # keys begin anew in each set
     assert [(f.key, f.reason) for f in faults.faults] == [("s/1", "the text is not UTF-8")]
 
 

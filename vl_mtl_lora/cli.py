@@ -134,6 +134,8 @@ def inspect_data(shards: Shards, format: Format = "tagged",
     from vl_mtl_lora.data.contact_sheet import contact_sheet
     from vl_mtl_lora.data.survey import read_sample, survey
 
+    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: expected a .png file in a folder that exists")
     tasks, faults = survey(_shard_files(shards, format), format)
     for tag, found in tasks.items():
         print("\n  ".join([f"{tag}: {next(lines := found.lines())}", *lines]))

@@ -52,6 +52,15 @@ class CommonTaskSection(_Strict):
         return data
 
 
+    @model_validator(mode="after")
+    def _format_fits(self):
+        kinds = {"img2dataset": ("retrieval", "captioning"),
+                 "clip_benchmark": ("retrieval", "captioning", "classification")}.get(self.format)
+        if kinds and (self.kind not in kinds or self.images != 1):
+            raise ValueError(f"format: {self.format} holds samples of {', '.join(kinds)}, with one image each")
+        return self
+
+
 class RetrievalSection(CommonTaskSection):
     kind: Literal["retrieval"] = "retrieval"
     images: ClassVar[int] = 1  # of each sample

@@ -38,16 +38,16 @@ class FaultLog:
         self._seen: Counter[tuple[str, str]] = Counter()
         self._broken: Counter[tuple[str, str]] = Counter()
 
-    def count(self, task: str, stage: str, fault: Fault | None = None) -> bool:
-        """One more record of a task at a stage, broken where a fault is given; whether that fault is a new one.
+    def count(self, task: str, stage: str, fault: Fault | None = None, records: int = 1) -> bool:
+        """One more record (or several) of a task at a stage, broken where a fault is given; whether it is a new fault.
 
         Raises:
             UserError: so many were seen that the share can be judged, and it is too high.
         """
-        self._seen[task, stage] += 1
+        self._seen[task, stage] += records
         if fault is None:
             return False
-        self._broken[task, stage] += 1
+        self._broken[task, stage] += records
         new = fault not in self.faults
         if new:
             self.faults[fault] = task, stage

@@ -7,11 +7,13 @@ import logging
 import os
 import shutil
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 import braceexpand
 import fsspec
@@ -55,6 +57,10 @@ def shard_files(patterns: Sequence[str], cache: str | Path, allow_pipe: bool = F
     copies = {url: _copy_of(url, folder) for url in found}
     missing = [(url, copy) for url, copy in copies.items() if copy and not copy.exists()]
     if missing:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache: {folder} cannot be made: {error}") from error
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(tqdm(pool.map(lambda pair: _fetch(*pair), missing), total=len(missing), desc="copy shards",
                       unit="shard", dynamic_ncols=True))
@@ -83,27 +89,37 @@ def _remote(url: str) -> list[str]:
 
 def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
-        return fsspec.url_to_fs(url)
+        options = {}
+        if url.startswith(("http://", "https://")):
+            import aiohttp  # its own limit of five minutes for a whole file is too short for a shard
+
+            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
+        return fsspec.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise UserError(f"{url}: {error}; remote shards need: pip install 'vl_mtl_lora[remote]'") from error
 
 
 def _copy_of(url: str, cache: Path) -> Path | None:
     """Where the copy of a shard lies; None for one that can be read as it is."""
-    plain, kind = os.path.splitext(url)
+    kind = _suffix(url)
     if "://" not in url and not url.startswith("pipe:") and kind not in _COMPRESSED:
         return None
     about = url
     if "://" not in url and not url.startswith("pipe:"):
         about += f"/{os.stat(url).st_mtime_ns}"  # a local file may be written anew
-    name = os.path.basename(plain if kind in _COMPRESSED else url)
+    name = os.path.basename(urlsplit(url).path)[-100:]
+    name = name.removesuffix(kind) if kind in _COMPRESSED else name
     name = "pipe.tar" if url.startswith("pipe:") else name if name.endswith(".tar") else name + ".tar"
     return cache / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}-{name}"
 
 
+def _suffix(url: str) -> str:
+    """Of a path or of a URL's path: a signed URL has more behind it."""
+    return os.path.splitext(urlsplit(url).path if "://" in url else url)[1]
+
+
 def _fetch(url: str, copy: Path) -> None:
     """Copies a shard into the cache, whole or not at all, with several attempts."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
     temporary = copy.with_name(f"{copy.name}.{os.getpid()}.part")
     for pause in (*_PAUSES, None):
         try:
@@ -113,7 +129,9 @@ def _fetch(url: str, copy: Path) -> None:
             else:
                 fs, path = _filesystem(url)
                 fs.get_file(path, str(temporary))
-                _unpack(temporary, _COMPRESSED.get(os.path.splitext(url)[1]))
+                _unpack(temporary, _COMPRESSED.get(_suffix(url)))
+            if not tarfile.is_tarfile(temporary):
+                raise tarfile.ReadError("what came is no tar")
             os.replace(temporary, copy)
             return
         except UserError:

@@ -47,9 +47,9 @@ class Source:
         """Whether samples of a tag are the task's."""
         return tag == (self.tag or self.task)
 
-    def untagged_fields(self, text: bytes, key: str) -> dict:
+    def untagged_fields(self, text: bytes, image_id: str) -> dict:
         """As `records.untagged_fields`."""
-        return untagged_fields(text, key, self.task, self.kind, self.format, self.labels)
+        return untagged_fields(text, image_id, self.task, self.kind, self.format, self.labels)
 
 
 class TaskIndex:
@@ -77,7 +77,8 @@ class TaskIndex:
         """
         key, (shard, changed) = self.key(row), self._shard(row)
         text, *images = _read(shard, changed, self._places[row].tolist())
-        fields = parse_fields(text) if self.source.format == "tagged" else self.source.untagged_fields(text, key)
+        tagged = self.source.format == "tagged"
+        fields = parse_fields(text) if tagged else self.source.untagged_fields(text, f"{shard}/{key}")
         return Sample(fields, tuple(images), key, shard, epoch)
 
     def key(self, row: int) -> str:
@@ -185,9 +186,16 @@ class _Found:
 
 
 def _scan(shard: str, readers: list[_Found], known_tasks: Sequence[str], faults: FaultLog) -> None:
+    records = 0
+
     def count(stage: str, key: str = "", problem: object = None, by: list[_Found] = readers) -> None:
+        nonlocal records
+        records += stage == "record" and bool(key)
+        lost = 1
+        if problem and not key:  # the rest of the shard: all that the manifest says is in it
+            lost = max(1, sum((_listed(shard) or {}).values()) - records)
         for reader in by:
-            faults.count(reader.source.task, stage, Fault(shard, key, str(problem)) if problem else None)
+            faults.count(reader.source.task, stage, Fault(shard, key, str(problem)) if problem else None, lost)
 
     try:
         file = open(shard, "rb")  # noqa: SIM115
@@ -210,12 +218,12 @@ def _scan(shard: str, readers: list[_Found], known_tasks: Sequence[str], faults:
             except BadSample as problem:
                 count("record", record.key, problem)
                 continue
-            count("record")
+            count("record", record.key)
             for reader in [r for r in readers if not tagged or r.source.wants(fields["task"])]:
                 try:
                     if not tagged:
                         place, text = description(file, record, reader.source.format, reader.source.kind)
-                        fields = reader.source.untagged_fields(text, record.key)
+                        fields = reader.source.untagged_fields(text, f"{shard}/{record.key}")
                     reader.add(record, place, fields)
                 except BadSample as problem:
                     count("sample", record.key, problem, [reader])
@@ -232,19 +240,26 @@ def _may_hold(shard: str, source: Source, known_tasks: Sequence[str]) -> bool:
                         "it (resume), or remove that file to use what is there")
     if source.format != "tagged":
         return True
-    manifest = path.with_name(f"{name}.manifest.json")
-    tags = _tags(manifest, manifest.stat().st_mtime_ns).get(path.name) if manifest.is_file() else None
-    if tags is None or not tags <= set(known_tasks):  # an unknown tag is to be met and told
+    tags = _listed(shard)
+    if tags is None or not tags.keys() <= set(known_tasks):  # an unknown tag is to be met and told
         return True
     return any(map(source.wants, tags))
 
 
+def _listed(shard: str) -> dict[str, int] | None:
+    """How many samples of each tag the manifest beside a shard says are in it; None where there is none that tells."""
+    path = Path(shard)
+    manifest = path.with_name(f"{path.name.rpartition('-')[0]}.manifest.json")
+    return _read_manifest(manifest, manifest.stat().st_mtime_ns).get(path.name) if manifest.is_file() else None
+
+
 @lru_cache(maxsize=16)
-def _tags(manifest: Path, changed: int) -> dict[str, set[str]]:
-    """Which tags each shard holds, by the name of its file; nothing where the manifest cannot be read."""
+def _read_manifest(manifest: Path, changed: int) -> dict[str, dict[str, int]]:
+    """The tags' counts of each shard, by the name of its file; nothing where the manifest cannot be read."""
     try:
-        return {shard["file"]: set(shard["tasks"]) for shard in json.loads(manifest.read_text("utf-8"))["shards"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {shard["file"]: {tag: int(count) for tag, count in shard["tasks"].items()}
+                for shard in json.loads(manifest.read_text("utf-8"))["shards"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

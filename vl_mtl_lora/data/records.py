@@ -1,7 +1,7 @@
 """What a record of a shard says: the member that describes it, and its images, by the format of the shard.
 
 "tagged":         KEY.json, this package's schema.
-"img2dataset":    KEY.txt, one caption; no tag: the config names the task, the key is the image's id.
+"img2dataset":    KEY.txt, one caption; no tag: the config names the task, shard and key are the image's id.
 "clip_benchmark": KEY.txt, one caption a line, or for classification KEY.cls, the number of the class.
 """
 
@@ -40,7 +40,8 @@ def tagged_fields(text: bytes, known_tags: Collection[str] | None = None) -> dic
     return fields
 
 
-def untagged_fields(text: bytes, key: str, task: str, kind: str, format: str, labels: Sequence[str] | None) -> dict:
+def untagged_fields(text: bytes, image_id: str, task: str, kind: str, format: str,
+                    labels: Sequence[str] | None) -> dict:
     """The fields of a sample whose format carries no tag. labels: of the classes' numbers, None for the number itself.
 
     Raises:
@@ -50,7 +51,7 @@ def untagged_fields(text: bytes, key: str, task: str, kind: str, format: str, la
         words = text.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise BadSample("the text is not UTF-8") from error
-    fields = {"task": task, "image_id": key}
+    fields = {"task": task, "image_id": image_id}
     if kind == "classification":
         if not re.fullmatch(r"[0-9]{1,9}", words) or labels is not None and int(words) >= len(labels):
             raise BadSample(f"member .cls is {words[:20]!r}: expected the number of a class"
