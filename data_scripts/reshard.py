@@ -19,11 +19,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import BinaryIO
 
-from convert import add_origin, argument_parser, command, convert, texts
+from convert import add_origin, argument_parser, command, convert
 
-from vl_mtl_lora.data.schema import IMAGE_EXTENSIONS, parse_fields
-from vl_mtl_lora.data.tar import read_records
+from vl_mtl_lora.data.records import description, image_places, tagged_fields, untagged_fields
+from vl_mtl_lora.data.tar import Record, read_records
 from vl_mtl_lora.errors import BadSample, UserError
 
 FORMATS = ("img2dataset", "clip_benchmark", "tagged")
@@ -52,54 +53,37 @@ class Member:
 
 def samples(tars: Sequence[Path], form: str, task: str | None, name: str, left_out: Counter[str],
             split: str) -> Iterator[dict]:
-    for key, members in records(tars, left_out):
-        try:
-            fields = tagged(members) if form == "tagged" else {
-                "task": task, "image_id": f"{name}/{key}", **untagged(members, form)}
-        except BadSample as problem:
-            left_out[f"records: {problem}"] += 1
-            continue
-        if form == "tagged" and task not in (None, fields.get("task")):
-            continue
-        images = [members[kind] for kind in sorted(members) if kind.rpartition(".")[2] in IMAGE_EXTENSIONS]
-        if not images and form != "tagged":
-            left_out["records without a picture"] += 1
-        elif len(images) == 1:
-            yield {**fields, "image": images[0]}
-        else:
-            yield {**fields, "images": images} if images else fields
-
-
-def records(tars: Sequence[Path], left_out: Counter[str]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """The members of each record by extension. Only their headers are read; what is damaged is counted."""
     for tar in tars:
         with open(tar, "rb") as stream:
             for record in read_records(stream):
-                if record.problem:
-                    left_out[f"{tar}: {record.key or 'the rest'}: {record.problem}"] += 1
+                try:
+                    fields = fields_of(stream, tar, record, form, task, name)
+                except BadSample as problem:
+                    left_out[f"{tar}: {record.key or 'the rest'}: {problem}"] += 1
+                    continue
+                images = [Member(tar, f"{record.key}, image {i}", *place)
+                          for i, place in enumerate(image_places(record))]
+                if form == "tagged" and task not in (None, fields["task"]):
+                    continue
+                if not images and form != "tagged":
+                    left_out["records without a picture"] += 1
+                elif len(images) == 1:
+                    yield {**fields, "image": images[0]}
                 else:
-                    yield record.key, {extension: Member(tar, f"{record.key}.{extension}", *place)
-                                       for extension, place in record.members.items()}
+                    yield {**fields, "images": images} if images else fields
 
 
-def tagged(members: dict[str, Member]) -> dict:
-    if "json" not in members:
-        raise BadSample("no member .json")
-    return parse_fields(members["json"].read_bytes())
-
-
-def untagged(members: dict[str, Member], form: str) -> dict:
-    """The captions, or the label, of a sample."""
-    if "cls" in members and form == "clip_benchmark":
-        names, number = class_names(members["cls"].tar.parent), members["cls"].read_bytes().decode("ascii", "replace")
-        if not number.strip().isdecimal() or int(number) >= len(names):
-            raise BadSample("member .cls is no number of a class")
-        return {"label": names[int(number)]}
-    text = members["txt"].read_bytes().decode("utf-8", "replace") if "txt" in members else ""
-    captions = texts([text] if form == "img2dataset" else text.splitlines())
-    if not captions:
+def fields_of(stream: BinaryIO, tar: Path, record: Record, form: str, task: str | None, name: str) -> dict:
+    """What a record says, read as training reads it. Raises BadSample."""
+    if form == "tagged":
+        return tagged_fields(description(stream, record, form)[1])
+    kind = "classification" if form == "clip_benchmark" and "cls" in record.members else "captions"
+    labels = class_names(tar.parent) if kind == "classification" else None
+    fields = untagged_fields(description(stream, record, form, kind)[1], f"{name}/{record.key}", task, kind, form,
+                             labels)
+    if fields.get("captions") == []:
         raise BadSample("no text")
-    return {"captions": captions}
+    return fields
 
 
 @cache

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.downloads import SCRIPTS
-from vl_mtl_lora import load_backbone, parse_config, write_shards
+from vl_mtl_lora import cli, load_backbone, parse_config, write_shards
 
 torch.set_num_threads(2)
 os.environ["HF_HUB_OFFLINE"] = "1"  # also of the processes that tests start
@@ -107,4 +107,16 @@ def run(monkeypatch, capfd):
         except SystemExit as stop:
             code = stop.code or 0
         return code, *capfd.readouterr()
+    return call
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command line in this process; returns (exit code, stdout, stderr)."""
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vl-mtl-lora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out = capsys.readouterr()
+        return stop.value.code or 0, out.out, out.err
     return call

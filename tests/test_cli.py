@@ -6,20 +6,7 @@ import sys
 
 import pytest
 
-from vl_mtl_lora.cli import main
 from vl_mtl_lora.config import dump_config
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command line in this process; returns (exit code, stdout, stderr)."""
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vl-mtl-lora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out = capsys.readouterr()
-        return stop.value.code or 0, out.out, out.err
-    return call
 
 
 @pytest.fixture
@@ -29,31 +16,31 @@ def config_file(tiny_config, tmp_path):
     return path
 
 
-def test_train_evaluate_compare_export(run, config_file, tmp_path):
+def test_train_evaluate_compare_export(command, config_file, tmp_path):
     out = tmp_path / "run"
-    assert run("train", config_file)[0] == 0
-    code, table, _ = run("compare", out)
+    assert command("train", config_file)[0] == 0
+    code, table, _ = command("compare", out)
     assert code == 0 and "zero-shot" in table and "CIDEr" in table
     results = json.loads((out / "results.json").read_text())
     assert results["tasks"].keys() == {"retrieval", "vqa", "captioning"}
     assert results["tasks"]["vqa"].keys() >= {"zero_shot", "adapted"} and results["run"]["steps"] == 2
     assert "figure" in (out / "report.html").read_text() and (out / "report.md").is_file()
-    code, lines, _ = run("evaluate", out, "--limit", "5")
+    code, lines, _ = command("evaluate", out, "--limit", "5")
     assert code == 0 and "vqa\taccuracy\t" in lines
-    adapted = {tuple(line.split("\t")) for line in run("evaluate", out)[1].splitlines()}
+    adapted = {tuple(line.split("\t")) for line in command("evaluate", out)[1].splitlines()}
     assert ("vqa", "accuracy", f"{results['tasks']['vqa']['adapted']['accuracy']:.2f}") in adapted
-    zero_shot = {tuple(line.split("\t")) for line in run("evaluate", out, "--zero-shot")[1].splitlines()}
+    zero_shot = {tuple(line.split("\t")) for line in command("evaluate", out, "--zero-shot")[1].splitlines()}
     assert ("vqa", "accuracy", f"{results['tasks']['vqa']['zero_shot']['accuracy']:.2f}") in zero_shot
-    assert run("export", out, "--task", "vqa", "--out", tmp_path / "m.safetensors")[0] == 0
-    assert run("export", out, "--task", "vqa")[0] == 0
+    assert command("export", out, "--task", "vqa", "--out", tmp_path / "m.safetensors")[0] == 0
+    assert command("export", out, "--task", "vqa")[0] == 0
     assert (tmp_path / "m.safetensors").read_bytes() == (out / "merged-vqa.safetensors").read_bytes()
     # The same again is refused, and more steps go on from where it stopped.
-    assert run("train", config_file)[0] == 2
-    assert run("train", config_file, "train.steps=4", "--resume")[0] == 0
+    assert command("train", config_file)[0] == 2
+    assert command("train", config_file, "train.steps=4", "--resume")[0] == 0
 
 
-def test_inspect_tells_what_is_adapted_without_weights_or_shards(run, config_file):
-    code, out, _ = run("inspect", config_file, "tasks.vqa.train=nowhere.tar", "adapter.targets=[text.attn.qkv]")
+def test_inspect_tells_what_is_adapted_without_weights_or_shards(command, config_file):
+    code, out, _ = command("inspect", config_file, "tasks.vqa.train=nowhere.tar", "adapter.targets=[text.attn.qkv]")
     assert code == 0 and out.endswith("every adapter gets a gradient\n")
     assert "\ntext: 2 layers adapted" in out and "\n  blocks 0-1     attn.qkv         24 -> 72\n" in out
 
@@ -71,19 +58,19 @@ def test_inspect_tells_what_is_adapted_without_weights_or_shards(run, config_fil
     (["compare", "nowhere", "--split", "tset"], "did you mean test"),
     (["quickstart", "--out", "FOLDER"], "holds something else"),
 ])
-def test_user_errors_are_one_clear_line_and_exit_code_2(run, config_file, tmp_path, arguments, message):
+def test_user_errors_are_one_clear_line_and_exit_code_2(command, config_file, tmp_path, arguments, message):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     known = {"CONFIG": config_file, "FOLDER": tmp_path / "full"}
-    code, _, err = run(*(known.get(a, a) for a in arguments))
+    code, _, err = command(*(known.get(a, a) for a in arguments))
     assert code == 2 and err.startswith("error: ") and message in err and "Traceback" not in err
     assert (tmp_path / "full" / "mine.txt").exists()
 
 
-def test_wrong_usage_is_refused_too(run):
-    code, _, err = run("trian")
+def test_wrong_usage_is_refused_too(command):
+    code, _, err = command("trian")
     assert code == 2 and "trian" in err
-    assert run("train")[0] == 2
+    assert command("train")[0] == 2
 
 
 def test_module_and_help():

@@ -1,7 +1,6 @@
 """What `data inspect` and `data validate` tell of shards: counts by hand, and every fault put in."""
 
 import json
-import sys
 
 import pytest
 from PIL import Image
@@ -9,31 +8,18 @@ from PIL import Image
 from tests.conftest import tiny_samples
 from tests.shard_files import members, png, vqa, write_tar
 from vl_mtl_lora import write_shards
-from vl_mtl_lora.cli import main
 from vl_mtl_lora.data.contact_sheet import contact_sheet
 from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.data.survey import MOST_SHOWN, survey, validate
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Returns a function that runs a command: (exit code, output, errors)."""
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["vl-mtl-lora", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out = capsys.readouterr()
-        return end.value.code or 0, out.out, out.err
-    return call
-
-
-def test_counts_and_statistics_by_tag(tmp_path, run):
+def test_counts_and_statistics_by_tag(tmp_path, command):
     samples = [{**vqa(i), "image": png(), "question": "what is it ?" if i else "what ?", "answers": ["red"] * (i + 1)}
                for i in range(3)]
     samples += [{"task": "pairs", "image_id": i, "images": [png(), png("blue")], "text": "a b", "label": "yes"}
                 for i in range(2)]
     write_shards(samples, tmp_path, samples_per_shard=2)
-    code, out, _ = run("data", "inspect", tmp_path / "shard-*.tar", "--out", tmp_path / "sheet.png")
+    code, out, _ = command("data", "inspect", tmp_path / "shard-*.tar", "--out", tmp_path / "sheet.png")
     assert code == 0 and out.splitlines() == [
         "vqa: 3 samples of kind vqa, 1 image each",
         "  question: 3.3 words on average, at most 4; 2 different: 'what is it ?' 67 %, 'what ?' 33 %",
@@ -107,20 +93,20 @@ def test_damaged_manifests_are_faults(tmp_path):
     assert "the manifest is damaged" in fault.reason
 
 
-def test_exit_codes_and_messages(tmp_path, run):
+def test_exit_codes_and_messages(tmp_path, command):
     write_shards(tiny_samples(2), tmp_path)
     shard = tmp_path / "shard-000000.tar"
-    assert run("data", "validate", shard) == (
+    assert command("data", "validate", shard) == (
         0, "6 good samples (captioning 2, retrieval 2, vqa 2), 0 faults\n", "")
     write_tar(tmp_path / "bad.tar", members({"0": b"{"}))
-    code, out, _ = run("data", "validate", shard, tmp_path / "bad.tar")
+    code, out, _ = command("data", "validate", shard, tmp_path / "bad.tar")
     assert code == 1 and f"{tmp_path / 'bad.tar'}: 0: not JSON" in out and "1 faults" in out
-    code, out, err = run("data", "inspect", tmp_path / "bad.tar")
+    code, out, err = command("data", "inspect", tmp_path / "bad.tar")
     assert code == 2 and "bad.tar: 0: not JSON" in out and "no good sample" in err
-    for command in ("inspect", "validate"):
-        code, _, err = run("data", command, tmp_path / "none.tar")
+    for name in ("inspect", "validate"):
+        code, _, err = command("data", name, tmp_path / "none.tar")
         assert code == 2 and "no shard matches" in err
-        code, _, err = run("data", command, shard, "--format", "tagget")
+        code, _, err = command("data", name, shard, "--format", "tagget")
         assert code == 2 and "did you mean tagged" in err
 
 

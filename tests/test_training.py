@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import tiny_samples
 from tests.test_open_clip import randomize
-from vl_mtl_lora import UserError, build_model, load_run, parse_config
+from vl_mtl_lora import UserError, build_model, load_run, parse_config, write_shards
 from vl_mtl_lora.checkpoint import load_checkpoint, save_checkpoint
 from vl_mtl_lora.config import dump_config
 from vl_mtl_lora.data.faults import FaultLog
@@ -161,6 +162,16 @@ def test_a_resume_that_would_shift_the_stream_or_the_formula_is_refused(tiny_con
     for message, change in changes.items():
         with pytest.raises(UserError, match=message):
             train(config.model_copy(update=change), resume=True)
+
+
+def test_a_resume_with_another_shard_is_refused(tiny_config, tmp_path):
+    write_shards(tiny_samples(8), tmp_path, name="a")
+    config = tiny_config(steps=2)
+    config = changed(config, tasks={name: {"train": [str(tmp_path / "*-*.tar")]} for name in config.tasks})
+    train(config)
+    write_shards(tiny_samples(8), tmp_path, name="b")
+    with pytest.raises(UserError, match="the train shards hold other samples"):
+        train(with_steps(config, steps=4), resume=True)
 
 
 def test_periodic_evaluation_is_logged_and_chooses_the_best(tiny_config):

@@ -128,7 +128,7 @@ Format = Annotated[str, typer.Option(help="what is in them: tagged, img2dataset 
 
 @data.command("inspect")
 def inspect_data(shards: Shards, format: Format = "tagged",
-                 samples: Annotated[int, typer.Option(help="shown of each task", min=1, max=60)] = 15,
+                 samples: Annotated[int, typer.Option(help="shown of each task", min=1)] = 15,
                  out: Annotated[Path, typer.Option(help="file of the contact sheet")] = Path("contact_sheet.png")):
     """Prints tasks, counts and statistics of the fields; draws a contact sheet of samples with their texts."""
     from vl_mtl_lora.data.contact_sheet import contact_sheet

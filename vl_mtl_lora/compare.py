@@ -7,8 +7,8 @@ from pathlib import Path
 from vl_mtl_lora.checkpoint import find_checkpoint, load_run, read_description
 from vl_mtl_lora.data.faults import FaultLog
 from vl_mtl_lora.evaluate import Evaluation, evaluate_task, evaluation_indices
+from vl_mtl_lora.journal import read_log
 from vl_mtl_lora.report import pick_examples, results_dict, write_report
-from vl_mtl_lora.trainer import read_log
 
 
 def compare(run: str | Path, split: str = "test", limit: int | None = None,

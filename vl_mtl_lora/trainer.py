@@ -6,7 +6,6 @@ import logging
 import math
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vl_mtl_lora.checkpoint import load_checkpoint, load_resume, recover_checkpoint, save_checkpoint
@@ -27,6 +25,7 @@ from vl_mtl_lora.data.pictures import output_side
 from vl_mtl_lora.data.stream import Batch, BatchStream, Feed, loader_deaths_told, train_batches
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.evaluate import evaluate_tasks, primary_score
+from vl_mtl_lora.journal import Journal, Meter
 from vl_mtl_lora.model import MultiTaskModel, build_model, checkpoint_blocks
 
 log = logging.getLogger(__name__)
@@ -70,11 +69,17 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
         description = load_checkpoint(last, model)
         step = description["step"]
         _check_resumable(parse_config(description["config"]), config)
-        _restore(load_resume(last), model, optimizer, schedule, step)
+        state = load_resume(last)
+        _restore(state, model, optimizer, schedule, step)
         if step >= section.steps:
             log.warning("%s already has %d of %d steps", out, step, section.steps)
     faults = FaultLog(config.data.max_fault_share)
-    stream = build_stream(config, model, build_indices(config, "train", faults))
+    indices = build_indices(config, "train", faults)
+    sizes = torch.tensor([size for index in indices.values() for size in (-1, *index.sizes)])
+    if resume and not torch.equal(sizes, state.get("data.sizes", sizes)):
+        raise UserError("the train shards hold other samples than in the run to resume: put them back, or start "
+                        "another run")
+    stream = build_stream(config, model, indices)
     valid_faults = FaultLog(config.data.max_fault_share)
     valid = build_indices(config, "valid", valid_faults)
     found = [] if resume else [*faults.faults, *valid_faults.faults]
@@ -139,7 +144,8 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
                 model.train()
                 meter.restart()
             if saves:
-                save_checkpoint(last, model, config, step=step, resume=_resume_state(model, optimizer))
+                save_checkpoint(last, model, config, step=step, resume={
+                    **_resume_state(model, optimizer), "data.sizes": sizes})
             if stop and not at_end:
                 raise UserError(f"stopped at step {step}; {last} is saved, go on with: "
                                 f"vl-mtl-lora train {out / 'config.yaml'} --resume")
@@ -159,79 +165,6 @@ def _check_resumable(saved: RunConfig, config: RunConfig) -> None:
         if before[key] != after.get(key):
             raise UserError(f"{key} was {before[key]} in the run to resume and is {after.get(key)} now: set it back "
                             "or start another run")
-
-
-class Meter:
-    """Means of the losses and the speed since the last reading."""
-
-    def __init__(self):
-        self._sums: dict[str, Tensor] = {}
-        self._batches = self._rows = 0
-        self.restart()
-
-    def restart(self) -> None:
-        """Takes time anew: what was done in between is no training."""
-        self._start, self._waited, self._rows = time.perf_counter(), 0.0, 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent inside is time spent waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    def add(self, rows: int, losses: dict[str, Tensor]) -> None:
-        for name, loss in losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + loss.detach()
-        self._batches += 1
-        self._rows += rows
-
-    def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """(mean loss by name, samples per second and the share of the time that went into waiting for data)."""
-        means = {name: float(value) / self._batches for name, value in self._sums.items()}
-        passed = time.perf_counter() - self._start
-        speed = {"samples_per_second": self._rows / passed, "data_wait": self._waited / passed}
-        self.__init__()
-        return means, speed
-
-
-class Journal:
-    """A run's log: every entry a line of log.jsonl, every number a point in tensorboard."""
-
-    def __init__(self, out: Path, after: int):
-        """after: entries of later steps are dropped, so that a resumed run tells no step twice."""
-        kept = [entry for entry in read_log(out) if entry["step"] <= after] if after else []
-        self._stream = open(out / "log.jsonl", "w", encoding="utf-8")  # noqa: SIM115
-        self._stream.writelines(json.dumps(entry) + "\n" for entry in kept)
-        self._stream.flush()
-        self._board = SummaryWriter(out / "tensorboard", purge_step=after + 1)
-
-    def write(self, entry: dict) -> None:
-        self._stream.write(json.dumps(entry) + "\n")
-        self._stream.flush()
-        for name, value in entry.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(name, value, entry["step"])
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stream.close()
-        self._board.close()
-
-
-def read_log(run: str | Path) -> list[dict]:
-    """The entries of a run's log.jsonl; none where there is no log.
-
-    A line that was being written when the run broke off is left out. Raises UserError where the log is damaged.
-    """
-    path = Path(run) / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 
 @contextmanager
