@@ -75,3 +75,11 @@ def test_no_task_is_ever_absent():
     assert Counter(tuple(schedule(n)[0]) for n in range(100)) == {(2, 1, 7): 100}
     with pytest.raises(UserError, match="data.mixing.rows is 3, fewer than the tasks need at least: 4"):
         expected_rows("proportional", sizes, 3, least)
+
+
+def test_windows_and_spans_of_batches_draw_anew():
+    order = SampleOrder("vqa", [12], seed=0, window=4)
+    rows = [order(i)[1] for i in range(12)]
+    assert len({tuple(row % 4 for row in rows[i:i + 4]) for i in (0, 4, 8)}) > 1
+    schedule = Schedule([0.5, 0.5], seed=0)
+    assert [schedule(n)[0] for n in range(40)] != [schedule(4096 + n)[0] for n in range(40)]

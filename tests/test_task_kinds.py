@@ -15,6 +15,7 @@ from vl_mtl_lora.backbones.generation import score_choices
 from vl_mtl_lora.compare import compare
 from vl_mtl_lora.data.schema import in_words
 from vl_mtl_lora.model import check_gradients, example_batch
+from vl_mtl_lora.tasks.base import Kept
 from vl_mtl_lora.trainer import train
 
 LABELS = ["red", "green", "blue", "dark blue", "yellow", "black", "white"]
@@ -265,3 +266,10 @@ def test_tasks_of_texts_alone_leave_the_image_tower_alone(config_of):
 @pytest.mark.parametrize("name", list(SECTIONS))
 def test_every_adapter_of_each_new_kind_gets_a_gradient(config_of, name):
     check_gradients(build_model(config_of(name)))
+
+
+def test_what_an_evaluation_keeps_is_forgotten_by_the_next():
+    kept = Kept()
+    assert [kept("a", lambda value=value: torch.tensor([value])).item() for value in (1, 2)] == [1, 1]
+    kept.eval()
+    assert kept("a", lambda: torch.tensor([3])).item() == 3
