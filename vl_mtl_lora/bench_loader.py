@@ -41,9 +41,10 @@ def loader_speed(config: RunConfig, model: MultiTaskModel, rounds: int) -> dict[
     images = sum(map(len, files[1:]))
     ours, bare = [], []
     for _ in tqdm(range(rounds), desc="loader", unit="round", dynamic_ncols=True):
-        ours.append(_images_per_second(itertools.islice(train_batches(stream, workers), count), images))
-        bare.append(_images_per_second(DataLoader(_Bare(files, size), batch_size=None, num_workers=workers,
-                                                  prefetch_factor=4 if workers else None), images))
+        ours.append(images / _seconds(train_batches(stream, workers), count))
+        bare.append(images / _seconds(DataLoader(
+            _Bare(files, size), batch_size=None, sampler=itertools.cycle(range(count)), num_workers=workers,
+            prefetch_factor=4 if workers else None), count))
     return {"images_per_second": statistics.median(ours), "bare_images_per_second": statistics.median(bare),
             "ratio": statistics.median(a / b for a, b in zip(ours, bare)), "workers": workers}
 
@@ -61,9 +62,6 @@ class _Bare:
     def __init__(self, files: list[list[bytes]], size: int):
         self.files, self.size = files, size
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def __getitem__(self, index: int) -> int:
         for data in self.files[index]:
             image = Image.open(io.BytesIO(data)).convert("RGB")
@@ -72,11 +70,14 @@ class _Bare:
         return index
 
 
-def _images_per_second(batches: Iterable, images: int) -> float:
-    """From the first batch on, `images` in all the others: starting processes is no speed."""
+def _seconds(batches: Iterable, count: int) -> float:
+    """From the first of `count` batches to the last: starting and stopping processes is no speed.
+
+    The last must not be the end of `batches`, or the time would hold the stop.
+    """
     batches = iter(batches)
     next(batches)
     start = time.perf_counter()
-    for _ in batches:
-        pass
-    return images / (time.perf_counter() - start)
+    for _ in range(count - 1):
+        next(batches)
+    return time.perf_counter() - start
