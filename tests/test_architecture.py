@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vl_mtl_lora"
 # In import order: a file imports only files above it.
-ORDER = ["errors", "sections", "config", "routing", "metrics.retrieval", "metrics.vqa", "metrics.caption",
-         "metrics.classification", "metrics",
+ORDER = ["errors", "sections", "config", "routing", "metrics.bootstrap", "metrics.retrieval", "metrics.vqa",
+         "metrics.caption", "metrics.classification", "metrics",
          "data.pictures", "data.schema", "data.shards", "data.faults", "data.files", "data.tar",
          "data.records", "data.index",
          "data.mixing", "data.stream",
