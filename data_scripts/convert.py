@@ -147,10 +147,12 @@ def coco_questions(download: Download, folder: str, version: str) -> Iterator[di
     questions = download.json(f"{version}OpenEnded_mscoco_{folder}_questions.json")["questions"]
     rows = download.json(f"{version}mscoco_{folder}_annotations.json")["annotations"]
     answers = {row["question_id"]: texts(answer["answer"] for answer in row["answers"]) for row in rows}
+    types = {row["question_id"]: {name: row[name] for name in ("answer_type", "question_type") if row.get(name)}
+             for row in rows}  # accuracy is reported by them
     for row in sorted(questions, key=lambda row: row["image_id"]):
         yield {"image": download.image(f"{folder}/COCO_{folder}_{row['image_id']:012d}.jpg"), "task": "vqa",
                "image_id": f"coco/{row['image_id']}", "question": row["question"].strip(),
-               "answers": answers[row["question_id"]], "question_id": row["question_id"]}
+               "answers": answers[row["question_id"]], "question_id": row["question_id"], **types[row["question_id"]]}
 
 
 def argument_parser(doc: str, name: str, splits: Iterable[str] = (),

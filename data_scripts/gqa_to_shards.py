@@ -26,7 +26,8 @@ def samples(download: Download, split: str) -> Iterator[dict]:
     for number, row in sorted(questions.items(), key=lambda item: item[1]["imageId"]):  # a picture is read once
         yield {"image": download.image(f"images/{row['imageId']}.jpg"), "task": "vqa",
                "image_id": f"vg/{row['imageId']}", "question": row["question"].strip(),
-               "answers": [row["answer"].strip()], "question_id": number}
+               "answers": [row["answer"].strip()], "question_id": number,
+               **({"question_type": row["types"]["structural"]} if "types" in row else {})}  # verify, query, ..
 
 
 @command

@@ -110,6 +110,17 @@ def run(monkeypatch, capfd):
     return call
 
 
+def hide_java(patch):
+    """METEOR starts a Java machine of seconds for each arm; `test_captions` has tests of it."""
+    patch.setattr("vl_mtl_lora.metrics.caption.which", lambda name: None)
+
+
+@pytest.fixture(autouse=True)
+def no_java(request, monkeypatch):
+    if request.module.__name__ != "tests.test_captions":
+        hide_java(monkeypatch)
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs a command line in this process; returns (exit code, stdout, stderr)."""

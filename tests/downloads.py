@@ -123,7 +123,8 @@ def coco_vqa(name, version, more):
         files |= {f"{folder}/COCO_{folder}_{image:012d}.jpg": photo(image) for _, image in pairs}
         expected[f"{name}-{split}"] = [
             ({"task": "vqa", "image_id": f"coco/{image}", "question": f"What is {q}?", "answers": HUMAN,
-              "question_id": q}, [photo(image)]) for q, image in (pairs[1], pairs[0], pairs[2])]
+              "question_id": q, "answer_type": "other", "question_type": "what is"}, [photo(image)])
+            for q, image in (pairs[1], pairs[0], pairs[2])]
     return files, expected
 
 
@@ -154,7 +155,7 @@ def gqa():
         files |= {f"images/{name}.jpg": photo(i + 10 * len(name)) for name in (f"2{i}", f"n1{i}")}
         expected[f"gqa-{split}"] = [
             ({"task": "vqa", "image_id": f"vg/{name}", "question": f"Is the sky {q} dark?", "answers": ["yes"],
-              "question_id": f"0{i}{q}"}, [photo(i + 10 * len(name))])
+              "question_id": f"0{i}{q}", "question_type": "verify"}, [photo(i + 10 * len(name))])
             for q, name in ((0, f"2{i}"), (2, f"2{i}"), (1, f"n1{i}"))]
     return files, expected, {"questions1.2.zip": ["train_", "val_", "testdev_"], "images.zip": ["images/"]}
 

@@ -18,8 +18,9 @@ ORDER = ["errors", "sections", "config", "routing", "metrics.bootstrap", "metric
          "backbones.hf_text", "backbones.hf_dual", "backbones.hf_chat_text", "backbones.hf_chat", "backbones.hf",
          "backbones", "targets", "lora", "tasks.base", "tasks.retrieval", "tasks.vqa", "tasks.captioning",
          "tasks.classification", "tasks.multiple_choice", "tasks.matching", "tasks",
-         "model", "memory", "inspection", "checkpoint", "export", "evaluate", "journal", "trainer", "bench_loader",
-         "bench_arms", "bench", "report", "compare", "quickstart", "", "cli", "__main__"]
+         "model", "memory", "inspection", "checkpoint", "export", "anatomy", "embeddings", "evaluate", "journal",
+         "trainer", "bench_loader", "bench_arms", "bench", "results", "evaluation", "bench_retrieval",
+         "forgetting", "gallery", "drawings", "report", "compare", "side_by_side", "quickstart", "", "cli", "__main__"]
 HOMES = {"open_clip": "backbones", "timm": "backbones", "transformers": "backbones", "webdataset": "data"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -118,3 +118,28 @@ def test_peak_memory_is_what_was_held_at_once():
         c = torch.empty(500)
         del b, c
     assert bench._peak_bytes(step, model, torch.device("cpu")) == 4 * 3000
+
+
+def test_retrieval_is_measured_in_growing_sizes_within_its_bound(monkeypatch, command, tmp_path):
+    code, out, _ = command("bench-retrieval", "--images", "64", "--dim", "8", "--out", tmp_path / "r.json")
+    sizes = json.loads((tmp_path / "r.json").read_text())["sizes"]
+    assert code == 0 and [(s["images"], s["texts"]) for s in sizes] == [(8, 40), (16, 80), (32, 160), (64, 320)]
+    for size in sizes:
+        assert size["peak_bytes"] <= size["bound_bytes"] and size["seconds"] > 0
+        assert size["pairs_per_second"] == pytest.approx(2 * size["images"] * size["texts"] / size["seconds"])
+    assert len(out.splitlines()) == 7
+
+
+def test_a_search_holds_no_more_than_its_chunks(monkeypatch):
+    """Tensors alive at once, as the profiler counts them, whatever the number of queries."""
+    from vl_mtl_lora.metrics import retrieval
+
+    monkeypatch.setattr(retrieval, "MOST_SCORES", 20_000)
+    items, groups = torch.randn(500, 8), torch.arange(500)
+
+    def peak(queries):
+        rows, owner = torch.randn(queries, 8), torch.arange(queries) % 500
+        return bench._peak_bytes(lambda: retrieval.search(rows, items, owner, groups), torch.nn.Linear(1, 1),
+                                 torch.device("cpu"))
+    few, many = peak(500), peak(4000)
+    assert 4 * 20_000 < few < 4.5 * 4 * 20_000 and many - few < 4000 * 8 * 10  # but for what it returns of each query

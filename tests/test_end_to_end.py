@@ -128,8 +128,15 @@ def test_quickstart_again_replaces_its_own_run(tmp_path, monkeypatch):
     assert {task: values["samples"] for task, values in results["tasks"].items()} == {
         "retrieval": 40, "vqa": 60, "captioning": 30}
     assert {"results.json", "report.md", "report.html", "best", "last"} <= {p.name for p in (tmp_path / "q").iterdir()}
-    assert (tmp_path / "q" / "report.html").read_text().count("<figure>") == 12
-    assert set(results["seconds"]) == {"shards", "training", "evaluation, zero-shot", "evaluation, adapted"}
+    page = (tmp_path / "q" / "report.html").read_text()
+    assert all(f"<h2>{task}: test samples</h2>" in page for task in results["tasks"])
+    assert page.count("<figure>") == sum(line.startswith(("| retrieval |", "| vqa |", "| captioning |"))
+                                         for line in (tmp_path / "q" / "report.md").read_text().partition(
+                                             "## Test samples")[2].splitlines()) >= 9
+    assert set(results["seconds"]) == {"shards", "training", "evaluation, zero-shot", "evaluation, adapted",
+                                       "held-out sets", "intervals"}
+    assert [held["task"] for held in results["held_out"]] == ["matching", "classification"]
+    assert results["off_equals_base"]["equal"] and results["off_equals_base"]["numbers"] > 10_000
 
 
 def test_the_quickstart_of_other_kinds(tmp_path, monkeypatch):

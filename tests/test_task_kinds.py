@@ -2,7 +2,9 @@
 
 import json
 import random
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +13,12 @@ from PIL import Image
 from tests.conftest import COLOURS, tiny_samples
 from tests.test_tasks import sample, task
 from vl_mtl_lora import UserError, build_model, parse_config, write_shards
+from vl_mtl_lora.backbones.base import ImageStates
 from vl_mtl_lora.backbones.generation import score_choices
 from vl_mtl_lora.compare import compare
 from vl_mtl_lora.data.schema import in_words
 from vl_mtl_lora.model import check_gradients, example_batch
-from vl_mtl_lora.tasks.base import Kept
+from vl_mtl_lora.tasks.base import Answer, Kept
 from vl_mtl_lora.trainer import train
 
 LABELS = ["red", "green", "blue", "dark blue", "yellow", "black", "white"]
@@ -53,7 +56,37 @@ def test_classes_are_the_means_of_their_templates(tiny_backbone, images, picture
     metrics = made.score(expected, samples)
     assert metrics["accuracy@1"] == 100 * sum(e[0] == r for e, r in zip(expected, right)) / 4
     assert metrics["accuracy@5"] == 100 * sum(r in e for e, r in zip(expected, right)) / 4
-    assert made.answers(expected, samples, [2]) == [(LABELS[expected[2][0]], expected[2][0] == 6)]
+    assert made.answers(expected, samples, [2]) == [Answer(LABELS[expected[2][0]], expected[2][0] == 6)]
+
+
+# Made by CLIP_benchmark 1.6.2's zeroshot_classification.evaluate.
+CLIP_BENCHMARK = json.loads((Path(__file__).parent / "data" / "clip_benchmark.json").read_text())["classification"]
+
+
+@pytest.mark.parametrize("case", CLIP_BENCHMARK, ids=lambda case: str(case["classes"]))
+def test_zero_shot_accuracies_are_clip_benchmark_s(case, tiny_backbone, monkeypatch):
+    rng = np.random.default_rng(case["seed"])
+    middle = rng.standard_normal((case["classes"], case["dim"]))
+    prompts = middle[:, None] + case["noise"] * rng.standard_normal((*middle.shape[:1], case["templates"], case["dim"]))
+    right = np.repeat(np.arange(case["classes"]), case["images_per_class"])
+    pictures = torch.from_numpy(middle[right] + case["noise"] * rng.standard_normal((len(right), case["dim"])))
+    names = [str(i) for i in range(case["classes"])]
+    backbone = tiny_backbone()
+    templates = [f"{{label}}/{i}" for i in range(case["templates"])]
+    made = task(backbone, "classification", labels=names, templates=templates)
+
+    def embed(_, texts):
+        return F.normalize(torch.from_numpy(np.stack([prompts[tuple(map(int, t.split("/")))] for t in texts])).float(),
+                           dim=-1)
+    monkeypatch.setattr("vl_mtl_lora.tasks.classification.embed_texts", embed)
+    made.eval()
+    samples = [sample(label=names[i], image_id=n) for n, i in enumerate(right)]
+    states = ImageStates(F.normalize(pictures.float(), dim=-1), None)
+    metrics = made.score(made.predict(backbone, states, samples, True), samples)
+    theirs = {name: 100 * value for name, value in case["figures"].items() if value is not None}
+    assert metrics["accuracy@1"] == pytest.approx(theirs["acc1"], abs=1e-6)
+    assert metrics["mean_per_class"] == pytest.approx(theirs["mean_per_class_recall"], abs=1e-6)
+    assert metrics.get("accuracy@5") == (pytest.approx(theirs["acc5"], abs=1e-6) if "acc5" in theirs else None)
 
 
 @pytest.mark.parametrize("pictures", [0, 1])
@@ -127,7 +160,7 @@ def test_choices_are_compared_by_similarity(tiny_backbone, images, pictures):
     assert torch.isfinite(made.log_scale.grad)  # though some questions have fewer choices than others
     right = sum(w == s.fields["answer"] for w, s in zip(wanted, samples))
     assert made.score(wanted, samples) == {"accuracy": 25.0 * right}
-    assert made.answers(wanted, samples, [1]) == [(samples[1].fields["choices"][wanted[1]], wanted[1] == 2)]
+    assert made.answers(wanted, samples, [1]) == [Answer(samples[1].fields["choices"][wanted[1]], wanted[1] == 2)]
 
 
 def test_a_clip_s_zero_shot_choice_is_by_similarity(tiny_backbone, images):
@@ -176,7 +209,7 @@ def test_zero_shot_labels_are_the_scores_cut_into_equal_parts(tiny_backbone):
     scores = [0.5, 0.1, 0.9, 0.3, 0.7, 0.2]
     samples = [sample(text="a", label=label) for label in ("maybe", "no", "yes", "no", "yes", "no")]
     predictions = [(score, None) for score in scores]
-    assert [said for said, _ in made.answers(predictions, samples, range(6))] == [
+    assert [said.text for said in made.answers(predictions, samples, range(6))] == [
         "maybe", "no", "yes", "maybe", "yes", "no"]
     metrics = made.score(predictions, samples)
     assert metrics["accuracy"] == pytest.approx(500 / 6) and metrics["AUC"] == 100
@@ -248,7 +281,7 @@ def test_all_kinds_train_together_and_are_reported(config_of):
     with open(f"{config.out}/report.html") as page:
         text = page.read()
     assert "the color is red / a green shape" in text and "(green, red)" in text
-    assert text.count('class="pictures"></div>') == 3  # of the tasks without
+    assert 'class="pictures"></div>' not in text and "<figure>\n<figcaption>" in text  # of tasks without
     json.loads(open(f"{config.out}/results.json").read(), parse_constant=lambda value: pytest.fail(value))  # noqa: SIM115
 
 

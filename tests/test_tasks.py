@@ -11,7 +11,7 @@ from vl_mtl_lora.backbones.base import ImageStates
 from vl_mtl_lora.backbones.generation import score_continuations
 from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.tasks import build_tasks
-from vl_mtl_lora.tasks.base import next_token_inputs
+from vl_mtl_lora.tasks.base import Answer, next_token_inputs
 from vl_mtl_lora.tasks.retrieval import contrastive_loss, sigmoid_loss
 
 ANSWERS = ["red", "blue", "dark blue"]
@@ -246,8 +246,15 @@ def test_retrieval_scores_images_once_and_all_their_captions(tiny_backbone):
     predictions = [(eye[0], eye[[0, 0]]), (eye[1], eye[[1]]), (eye[0], eye[[0]])]
     metrics = made.score(predictions, samples)
     assert metrics["image_to_text_recall@1"] == 100 and metrics["text_to_image_recall@1"] == 100
-    assert made.answers(predictions, samples, [0, 1, 2]) == [("a", True), ("c", True), ("a", True)]
-    assert made.answers(predictions, samples, [1]) == [("c", True)]
+    # By its first caption each picture is found first; the other picture comes after it, by its first row.
+    assert made.answers(predictions, samples, [0, 1, 2]) == [
+        Answer("picture at rank 1", True, ((0, True), (1, False))),
+        Answer("picture at rank 1", True, ((1, True), (0, False))),
+        Answer("picture at rank 1", True, ((0, True), (1, False)))]
+    assert made.quality(predictions, samples) == [1, 1, 1]
+    wrong = [(eye[1], eye[[0, 0]]), (eye[0], eye[[1]]), (eye[1], eye[[0]])]
+    assert made.answers(wrong, samples, [1]) == [Answer("picture at rank 2", False, ((0, False), (1, True)))]
+    assert made.quality(wrong, samples) == [0.5, 0.5, 0.5]
 
 
 def test_a_task_whose_need_is_missing_fails_at_build(tiny_backbone):

@@ -17,6 +17,8 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run or of 
 Overrides = Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]...", help="config values to replace, e.g. "
                                                 "train.steps=1000")]
 Split = Annotated[str, typer.Option(help="which shards of the config: test or valid")]
+Embeddings = Annotated[Path | None, typer.Option(help="folder where the embeddings of retrieval tasks are kept for "
+                                                 "the next time")]
 Limit = Annotated[int | None, typer.Option(help="the most samples of each task", min=1)]
 
 
@@ -51,33 +53,63 @@ def train(config: Config, overrides: Overrides = None,
 
 
 @app.command()
-def evaluate(run: Run, split: Split = "test", limit: Limit = None,
-             zero_shot: Annotated[bool, typer.Option("--zero-shot", help="adapters off")] = False):
-    """Prints the metrics of a run, with adapters on or off."""
-    from vl_mtl_lora.checkpoint import load_run
-    from vl_mtl_lora.data.faults import FaultLog
-    from vl_mtl_lora.evaluate import evaluate_tasks, evaluation_indices
+def evaluate(target: Annotated[list[str], typer.Argument(metavar="RUN | CONFIG [KEY=VALUE]... | IMAGES TEXTS", help=(
+                 "a run or checkpoint; a config, whose base alone is evaluated; or two files of embeddings"))],
+             split: Split = "test", limit: Limit = None,
+             zero_shot: Annotated[bool, typer.Option("--zero-shot", help="adapters off")] = False,
+             embeddings: Embeddings = None,
+             trec: Annotated[Path | None, typer.Option(help="folder for TREC runs of retrieval tasks")] = None,
+             out: Annotated[Path | None, typer.Option(help="JSON file of the result")] = None,
+             faiss_from: Annotated[int | None, typer.Option(help="of embeddings: from so many items on search by "
+                                                            "faiss", min=1)] = None):
+    """Prints the metrics of a run, of a base or merged model alone, or of two files of embeddings.
+
+    Into a pipe or a file go lines of task, metric, value, both ends of the 95 % interval and n, with tabs between.
+    """
+    from vl_mtl_lora.evaluation import evaluate_embeddings, evaluate_model, write_json
+    from vl_mtl_lora.report import arm_lines, arm_table
 
     _check_split(split)
-    model, config = load_run(run)
-    faults = FaultLog(config.data.max_fault_share)
-    metrics_of = evaluate_tasks(model, evaluation_indices(config, split, faults), zero_shot=zero_shot, limit=limit,
-                                rows=config.data.eval_batch, faults=faults)
-    for task, metrics in metrics_of.items():
-        for name, value in metrics.items():
-            print(f"{task}\t{name}\t{value:.2f}")
+    if len(target) == 2 and all(Path(word).suffix in (".safetensors", ".npy") for word in target):
+        results = evaluate_embeddings(*target, faiss_from=faiss_from)
+    else:
+        results = evaluate_model(target[0], target[1:], split=split, limit=limit, zero_shot=zero_shot,
+                                 embeddings=embeddings, trec=trec)
+    print(arm_table(results) if sys.stdout.isatty() else arm_lines(results))
+    for note in [note for values in results["tasks"].values() for note in values["notes"]]:
+        print(note, file=sys.stderr)
+    if out:
+        write_json(results, out)
+        print(f"result: {out}", file=sys.stderr)
 
 
 @app.command()
-def compare(run: Run, split: Split = "test", limit: Limit = None):
-    """Evaluates a run zero-shot and adapted; writes results.json, report.md and report.html."""
+def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs or checkpoints")],
+            split: Split = "test", limit: Limit = None, embeddings: Embeddings = None,
+            out: Annotated[Path, typer.Option(help="of several runs: folder of the comparison")] = Path("comparison"),
+            again: Annotated[bool, typer.Option("--again", help="of several runs: evaluate those too that have "
+                                                "results.json")] = False):
+    """Evaluates a run zero-shot and adapted, with a report; several runs also side by side."""
     from vl_mtl_lora.checkpoint import find_checkpoint
     from vl_mtl_lora.compare import compare as both
+    from vl_mtl_lora.compare import known_results
     from vl_mtl_lora.report import text_table
+    from vl_mtl_lora.side_by_side import side_by_side
+    from vl_mtl_lora.side_by_side import text_table as table_of_runs
 
     _check_split(split)
-    print(text_table(both(run, split, limit)))
-    print(f"\nreport: {find_checkpoint(run).parent / 'report.html'}")
+    if len(runs) == 1:
+        print(text_table(both(runs[0], split, limit, embeddings=embeddings)))
+        print(f"\nreport: {find_checkpoint(runs[0]).parent / 'report.html'}")
+        return
+    if len(set(runs)) < len(runs):
+        raise UserError("a run is named twice")
+    results = {}
+    for run in runs:
+        known = None if again else known_results(run, split, limit)
+        results[str(run)] = known or both(run, split, limit, embeddings=embeddings)
+    print(table_of_runs(side_by_side(results, out)))
+    print(f"\nreport: {out / 'comparison.html'}")
 
 
 @app.command()
@@ -117,6 +149,19 @@ def bench(config: Config, overrides: Overrides = None,
     result = run(load_config(config, overrides or []), rounds, growth)
     write(result, out)
     print(f"{table(result)}\n\nresult: {out}")
+
+
+@app.command("bench-retrieval")
+def bench_retrieval(images: Annotated[int, typer.Option(help="the most of them, each with five texts", min=8)] = 5000,
+                    dim: Annotated[int, typer.Option(help="of the embeddings", min=1)] = 512,
+                    out: Annotated[Path, typer.Option(help="file of the result")] = Path("bench-retrieval.json")):
+    """Measures time and memory of the retrieval metrics, on random embeddings of growing number."""
+    from vl_mtl_lora.bench_retrieval import retrieval_growth, table
+    from vl_mtl_lora.evaluation import write_json
+
+    results = list(retrieval_growth(images, dim=dim))
+    write_json({"sizes": results}, out)
+    print(f"{table(results)}\n\nresult: {out}")
 
 
 data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Looks into shards.")

@@ -1,47 +1,88 @@
-"""Both arms of a run over its test shards, and the report on them."""
+"""Both arms of a run over its test shards, what adaptation did elsewhere, and the report on all that."""
 
+import json
 import time
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from vl_mtl_lora.anatomy import anatomy
 from vl_mtl_lora.checkpoint import find_checkpoint, load_run, read_description
 from vl_mtl_lora.data.faults import FaultLog
+from vl_mtl_lora.data.index import build_indices
+from vl_mtl_lora.embeddings import EmbeddingStore
 from vl_mtl_lora.evaluate import Evaluation, evaluate_task, evaluation_indices
+from vl_mtl_lora.forgetting import check_base, forgetting
+from vl_mtl_lora.gallery import confusion, pick_examples
 from vl_mtl_lora.journal import read_log
-from vl_mtl_lora.report import pick_examples, results_dict, write_report
+from vl_mtl_lora.report import write_report
+from vl_mtl_lora.results import paired_results, provenance
+
+
+def known_results(run: str | Path, split: str, limit: int | None) -> dict | None:
+    """The results.json of an earlier `compare` of the same checkpoint; None where that is not what is asked for."""
+    checkpoint = find_checkpoint(run)
+    try:
+        results = json.loads((checkpoint.parent / "results.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = (results.get("split") == split and results.get("limit") == limit
+            and results.get("run", {}).get("checkpoint") == checkpoint.name
+            and results["run"].get("steps") == read_description(checkpoint)["step"])
+    return results if same else None
 
 
 def compare(run: str | Path, split: str = "test", limit: int | None = None,
-            seconds: Mapping[str, float] | None = None) -> dict:
+            seconds: Mapping[str, float] | None = None, embeddings: str | Path | None = None) -> dict:
     """Evaluates a run's tasks zero-shot and adapted, writes results.json, report.md and report.html into its folder.
 
     Args:
         run: a run's folder, or a checkpoint in one.
         limit: the most samples of each task.
         seconds: stages timed before, for the report.
+        embeddings: folder where embeddings of retrieval tasks are kept for the next time.
 
     Returns:
         The content of results.json.
     """
     checkpoint = find_checkpoint(run)
     folder = checkpoint.parent  # a checkpoint has a results.json of its own
-    model, config = load_run(checkpoint)
     seconds = dict(seconds or {})
+
+    @contextmanager
+    def timed(stage: str):
+        start = time.perf_counter()
+        yield
+        seconds[stage] = time.perf_counter() - start
+
+    model, config = load_run(checkpoint)
     arms: dict[str, dict[str, Evaluation]] = {}
     faults = FaultLog(config.data.max_fault_share)
     indices = evaluation_indices(config, split, faults)
+    store = EmbeddingStore(embeddings, model) if embeddings else None
     for arm in ("zero_shot", "adapted"):
-        start = time.perf_counter()
-        arms[arm] = {name: evaluate_task(model, index, zero_shot=arm == "zero_shot", rows=config.data.eval_batch,
-                                         limit=limit, faults=faults) for name, index in indices.items()}
-        seconds[f"evaluation, {arm.replace('_', '-')}"] = time.perf_counter() - start
+        with timed(f"evaluation, {arm.replace('_', '-')}"):
+            arms[arm] = {name: evaluate_task(model, index, zero_shot=arm == "zero_shot", rows=config.data.eval_batch,
+                                             limit=limit, faults=faults, thorough=True, store=store)
+                         for name, index in indices.items()}
+    held_out, compared = [], 0
+    with timed("held-out sets"):
+        if config.held_out:
+            held_out = forgetting(model, config, build_indices(config, "test", faults, held_out=True), limit, faults)
+        compared = check_base(model)
+    with timed("intervals"):
+        tasks = {name: paired_results(arms["zero_shot"][name], arms["adapted"][name],
+                                      model.tasks[name].notes(arms["adapted"][name].samples)) for name in indices}
     frozen = sum(p.numel() for p in model.backbone.parameters() if not p.requires_grad)
     about = {"base": config.backbone.name, "rank": config.adapter.rank, "modules": sum(model.summary.modules.values()),
              "trainable": model.summary.total, "share": 100.0 * model.summary.total / frozen,
              "steps": read_description(checkpoint)["step"], "checkpoint": checkpoint.name}
-    results = results_dict(arms["zero_shot"], arms["adapted"], run=about, split=split, seconds=seconds,
-                           faults=faults.report())
+    results = {"tasks": tasks, "held_out": held_out, "off_equals_base": {"equal": True, "numbers": compared},
+               "run": about, "limit": limit, **provenance(config, model, indices, split),
+               "seconds": seconds, "faults": faults.report()}
+    closed = {name: confusion(pairs) for name, evaluation in arms["adapted"].items()
+              if (pairs := model.tasks[name].closed(evaluation.predictions, evaluation.samples))}
     examples = pick_examples(model.tasks, arms["zero_shot"], arms["adapted"],
                              lambda task, row: indices[task].sample(row).images)
-    write_report(folder, results, examples, read_log(folder))
+    write_report(folder, results, examples, read_log(folder), closed, anatomy(model))
     return results

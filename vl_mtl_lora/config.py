@@ -12,6 +12,7 @@ from vl_mtl_lora.errors import UserError, did_you_mean
 from vl_mtl_lora.sections import TASK_SECTIONS, CommonTaskSection, RunConfig, TaskSection
 
 _DEEPEST, _MOST = 50, 1_000_000  # levels and entries of a config; aliases can make more of a few lines
+_TASKS = ("tasks", "held_out")  # sections of task sections
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
@@ -65,28 +66,28 @@ def parse_config(data: dict, where=lambda loc: "config", root: Path = Path("."))
     except ValidationError as error:
         mistakes = [_describe(mistake, where, data) for mistake in error.errors()]
         raise UserError("\n".join(dict.fromkeys(mistakes))) from error
-    tasks = {name: task.model_copy(update=_shards(task, where, name, root) | _lists(task, where, name, root))
-             for name, task in config.tasks.items()}
-    return config.model_copy(update={"tasks": tasks})
+    return config.model_copy(update={key: {
+        name: task.model_copy(update=_shards(task, where, (key, name), root) | _lists(task, where, (key, name), root))
+        for name, task in getattr(config, key).items()} for key in _TASKS})
 
 
-def _shards(task: TaskSection, where, name: str, root: Path) -> dict[str, list[str]]:
+def _shards(task: TaskSection, where, at: tuple[str, str], root: Path) -> dict[str, list[str]]:
     """The shards of a task, relative paths from `root`. Raises UserError for what is no path."""
     found = {}
     for split in ("train", "valid", "test"):
         try:
             found[split] = [_rooted(url, root) for url in getattr(task, split)]
         except (ValueError, RuntimeError) as error:  # a NUL; the home folder of a user that is not there
-            raise UserError(f"{where(('tasks', name, split))}: tasks.{name}.{split}: {error}") from error
+            raise UserError(f"{where((*at, split))}: {'.'.join(at)}.{split}: {error}") from error
     return found
 
 
-def _lists(task: TaskSection, where, name: str, root: Path) -> dict[str, list[str]]:
+def _lists(task: TaskSection, where, at: tuple[str, str], root: Path) -> dict[str, list[str]]:
     """The closed lists of a task, those in files read. Raises UserError for an entry that is empty or comes twice."""
     found = {}
     for key, least in (("answers", 0), ("labels", 2)):
         entries = getattr(task, key, None)
-        place = f"{where(('tasks', name, key))}: tasks.{name}.{key}"
+        place = f"{where((*at, key))}: {'.'.join(at)}.{key}"
         if isinstance(entries, str):
             try:
                 entries = (root / Path(entries).expanduser()).read_text(encoding="utf-8").splitlines()
@@ -164,7 +165,7 @@ def _nearest(lines: dict[tuple, int], loc: tuple) -> int | None:
 def _describe(mistake: dict, where, data: dict) -> str:
     # Tags of the task union are no keys of the file.
     raw = mistake["loc"] or ("config",)
-    loc = (*raw[:2], *raw[3:]) if raw[0] == "tasks" and len(raw) > 2 and raw[2] in TASK_SECTIONS else raw
+    loc = (*raw[:2], *raw[3:]) if raw[0] in _TASKS and len(raw) > 2 and raw[2] in TASK_SECTIONS else raw
     key, value = ".".join(map(str, loc)), mistake.get("input")
     place = where(loc)
     if mistake["type"] == "extra_forbidden":
@@ -189,9 +190,9 @@ def _choices(message: str) -> list[str]:
 def _valid_keys(loc: tuple, data: dict) -> list[str]:
     model: Any = RunConfig
     for i, part in enumerate(loc):
-        if i == 1 and loc[0] == "tasks":
-            task = data["tasks"][part]
+        if i == 1 and loc[0] in _TASKS:
+            task = data[loc[0]][part]
             model = TASK_SECTIONS.get(task.get("kind", part), CommonTaskSection)
-        elif i != 0 or part != "tasks":
+        elif i != 0 or part not in _TASKS:
             model = model.model_fields[part].annotation
     return list(model.model_fields)

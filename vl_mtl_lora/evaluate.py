@@ -1,8 +1,9 @@
-"""Evaluation of the same model with adapters off (zero-shot) and on (adapted)."""
+"""Evaluation of one task: adapters off (zero-shot) or on (adapted), every sample once."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,61 +13,108 @@ from vl_mtl_lora.data.faults import FaultLog
 from vl_mtl_lora.data.index import TaskIndex, build_indices
 from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.data.stream import eval_batches
+from vl_mtl_lora.embeddings import EmbeddingStore, Predicted
 from vl_mtl_lora.errors import UserError
+from vl_mtl_lora.metrics.bootstrap import Metric
 from vl_mtl_lora.model import MultiTaskModel
 from vl_mtl_lora.sections import RunConfig
+from vl_mtl_lora.tasks.base import Task
+
+_GROUPED_BY = ("dataset", "answer_type", "question_type")  # fields of samples
+_MOST_GROUPS = 100
 
 
 @dataclass
 class Evaluation:
-    """One task under one arm: every sample (without its pictures), its row in the index and its prediction, and the
-    metrics over all."""
+    """One task under one arm.
+
+    samples: each without its pictures. rows: theirs in the index. predictions: one each. metrics: over all.
+    groups: (field, value) -> the task's primary metric over the samples of that value alone.
+    """
 
     samples: list[Sample]
     rows: list[int]
     predictions: list[Any]
-    metrics: dict[str, float]
+    metrics: dict[str, Metric]
+    groups: dict[tuple[str, str], Metric] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def evaluate_task(model: MultiTaskModel, index: TaskIndex, *, zero_shot: bool, rows: int = 64,
-                  limit: int | None = None, faults: FaultLog | None = None) -> Evaluation:
+                  limit: int | None = None, faults: FaultLog | None = None, thorough: bool = False,
+                  task: Task | None = None, through: str | None = None,
+                  store: EmbeddingStore | None = None) -> Evaluation:
     """Evaluates one task, each sample once.
 
     Args:
         index: the task's samples.
         zero_shot: adapters off and the task's zero-shot way of answering, instead of adapters on.
         rows: samples per batch. limit: the most samples to take. faults: counts what cannot be used.
+        thorough: also the metrics that take long, and those of groups of samples.
+        task: the task, where it is none of the model's own.
+        through: answer the zero-shot way, but with the adapters of this task of the model.
+        store: where predictions are kept.
 
     Raises:
         UserError: too many samples cannot be used.
     """
     model.eval()
-    name = index.source.task
-    task, backbone = model.tasks[name], model.backbone
+    task = model.tasks[index.source.task] if task is None else task.eval()
+    if through:
+        arm, route = f"through {through}", model.router.use(through)
+    else:
+        arm, route = ("zero-shot", model.router.off()) if zero_shot else ("adapted", model.router.use(task.name))
+    kept = store.load(task, index, arm, limit) if store else None
+    if kept is None:
+        kept = _predict(model, task, index, arm, route, zero_shot or bool(through), rows, limit, faults or FaultLog())
+        if store:
+            store.save(task, index, arm, limit, kept)
+    samples, places, predictions = kept
+    return Evaluation(samples, places, predictions, task.score(predictions, samples, thorough),
+                      _groups(task, predictions, samples) if thorough else {})
+
+
+def _predict(model: MultiTaskModel, task: Task, index: TaskIndex, arm: str, route: AbstractContextManager,
+             zero_shot: bool, rows: int, limit: int | None, faults: FaultLog) -> Predicted:
+    backbone = model.backbone
     samples: list[Sample] = []
     places: list[int] = []
     predictions: list[Any] = []
-    batches = eval_batches(index, backbone.loader_preprocess([None])[0], rows=rows, faults=faults or FaultLog(),
+    batches = eval_batches(index, backbone.loader_preprocess([None])[0], rows=rows, faults=faults,
                            collate_images=backbone.collate_images, limit=limit)
-    arm = "zero-shot" if zero_shot else "adapted"
     total = len(index) if limit is None else min(limit, len(index))
-    with tqdm(desc=f"{name}, {arm}", total=total, unit="sample", dynamic_ncols=True, leave=False) as bar:
+    with route, tqdm(desc=f"{task.name}, {arm}", total=total, unit="sample", dynamic_ncols=True, leave=False) as bar:
         for batch in batches:
-            with model.router.off() if zero_shot else model.router.use(name):
-                states = None
-                if batch.images is not None:
-                    states = backbone.image_states(batch.images.to(backbone.device))
-                    states = states.rows(batch.image_rows.to(backbone.device))
-                predictions += task.predict(backbone, states, batch.samples, zero_shot)
+            states = None
+            if batch.images is not None:
+                states = backbone.image_states(batch.images.to(backbone.device))
+                states = states.rows(batch.image_rows.to(backbone.device))
+            predictions += task.predict(backbone, states, batch.samples, zero_shot)
             samples += [replace(sample, images=()) for sample in batch.samples]  # pictures would fill the memory
             places += batch.rows
             bar.update(len(batch.samples))
-    return Evaluation(samples, places, predictions, task.score(predictions, samples))
+    return samples, places, predictions
+
+
+def _groups(task: Task, predictions: list[Any], samples: list[Sample]) -> dict[tuple[str, str], Metric]:
+    """The primary metric of each group of samples by the fields that tell of one; a data set searches its own items."""
+    found = {}
+    for name in _GROUPED_BY:
+        groups: dict[str, list[int]] = {}
+        for i, sample in enumerate(samples):
+            value = sample.dataset if name == "dataset" else sample.fields.get(name)
+            if isinstance(value, str):
+                groups.setdefault(value, []).append(i)
+        if 1 < len(groups) <= _MOST_GROUPS:
+            for value, rows in sorted(groups.items()):
+                metrics = task.score([predictions[i] for i in rows], [samples[i] for i in rows])
+                if task.primary in metrics:
+                    found[name, value] = metrics[task.primary]
+    return found
 
 
 def evaluate_tasks(model: MultiTaskModel, indices: Mapping[str, TaskIndex], *, zero_shot: bool = False,
-                   **options) -> dict[str, dict[str, float]]:
+                   **options) -> dict[str, dict[str, Metric]]:
     """Metrics of every task that has samples: {task: {metric: value}}. options: as of `evaluate_task`."""
     return {name: evaluate_task(model, index, zero_shot=zero_shot, **options).metrics
             for name, index in indices.items()}

@@ -51,7 +51,7 @@ def quickstart(out: str | Path, example: Example = "short", overrides: list[str]
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     seconds = {}
     start = time.perf_counter()
-    complete = shards / ("complete-kinds" if example == "kinds" else "complete")
+    complete = shards / ("complete-kinds" if example == "kinds" else "complete-tasks")
     if not complete.exists():
         log.info("building shards in %s", shards)
         if example == "kinds":
@@ -61,6 +61,8 @@ def quickstart(out: str | Path, example: Example = "short", overrides: list[str]
         else:
             examples.write_easy_vqa(shards, samples_per_shard=10000)
             examples.write_emoji(shards)
+            examples.write_easy_vqa(shards, ("matching",), ("test",), samples_per_shard=10000)  # held out, as the next
+            examples.write_emoji(shards, "emoji-category", ("test",))
         complete.touch()
     seconds["shards"] = time.perf_counter() - start
     start = time.perf_counter()

@@ -1,184 +1,220 @@
-"""Zero-shot against adapted: results.json, report.md and report.html from two evaluations of each task."""
+"""Zero-shot against adapted, for people: for the terminal, report.md, and report.html, which needs no network."""
 
-import base64
-import html
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment
 
-from vl_mtl_lora.data.pictures import decode_image
-from vl_mtl_lora.data.schema import in_words
-from vl_mtl_lora.evaluate import Evaluation
-from vl_mtl_lora.metrics.caption import TOKENIZER
+from vl_mtl_lora.anatomy import Anatomy
+from vl_mtl_lora.drawings import STYLE, heat_map, loss_curves, mixture_bars
+from vl_mtl_lora.gallery import Example, Said
 
-_GALLERY = 12  # pictures over all tasks
-_COLOURS = ("#2a6fbb", "#c2571a", "#3b8c4a", "#8a4fa8", "#a33", "#666")
+Interval = Sequence[float] | None
 
 
-@dataclass(frozen=True)
-class Example:
-    """A test sample with what was asked, what is right, and what both arms said. images: the bytes of its files."""
+class Row(NamedTuple):
+    """One metric of a task under both arms, each with its 95 % interval. n: units (questions, pictures, queries)."""
 
     task: str
-    images: tuple[bytes, ...]
-    question: str
-    truth: str
-    zero_shot: tuple[str, bool]
-    adapted: tuple[str, bool]
+    metric: str
+    n: int
+    zero_shot: float
+    adapted: float
+    intervals: tuple[Interval, Interval, Interval]  # zero-shot, adapted, paired change
 
     @property
-    def pictures(self) -> list[str]:
-        """The images as data URLs, at most 256 pixels wide and high."""
-        urls = []
-        for data in self.images:
-            image = decode_image(data)
-            image.thumbnail((256, 256))
-            stream = io.BytesIO()
-            image.save(stream, "PNG")
-            urls.append("data:image/png;base64," + base64.b64encode(stream.getvalue()).decode())
-        return urls
+    def change(self) -> float:
+        return self.adapted - self.zero_shot
+
+    @property
+    def better(self) -> int:
+        """1, 0 or -1; a rank is the better the lower it is. 0 also where the interval of the change holds 0."""
+        low, high = self.intervals[2] or (self.change, self.change)
+        sign = 1 if low > 0 else -1 if high < 0 else 0
+        return -sign if self.metric.endswith("_rank") else sign
 
 
-def results_dict(zero_shot: Mapping[str, Evaluation], adapted: Mapping[str, Evaluation], **about) -> dict:
-    """The content of results.json; `about` is put beside the metrics (seconds per stage, parameters, and so on)."""
-    return {"tasks": {name: {"zero_shot": zero_shot[name].metrics, "adapted": adapted[name].metrics,
-                             "samples": len(adapted[name].samples)} for name in adapted},
-            "caption_tokenizer": TOKENIZER, **about}
+def metric_rows(results: Mapping) -> list[Row]:
+    """Every metric of results.json."""
+    rows = []
+    for task, values in results["tasks"].items():
+        known, counts = values.get("interval", {}), values.get("n", {})
+        for metric, adapted in values["adapted"].items():
+            intervals = tuple(known.get(arm, {}).get(metric) for arm in ("zero_shot", "adapted", "change"))
+            rows.append(Row(task, metric, counts.get(metric, values["samples"]), values["zero_shot"][metric], adapted,
+                            intervals))
+    return rows
 
 
-def pick_examples(tasks, zero_shot: Mapping[str, Evaluation], adapted: Mapping[str, Evaluation],
-                  images_of: Callable[[str, int], tuple[bytes, ...]], count: int = _GALLERY) -> list[Example]:
-    """Pictures spread evenly over each task's test samples, whatever the answers: no choice that flatters an arm.
-
-    images_of: (task, row in its index) -> the image files of a sample, which evaluations do not keep.
-    """
-    examples = []
-    share = max(1, count // len(adapted))
-    for name, evaluation in adapted.items():
-        samples = evaluation.samples
-        rows = sorted({(2 * k + 1) * len(samples) // (2 * share) for k in range(share)})
-        before = tasks[name].answers(zero_shot[name].predictions, samples, rows)
-        after = tasks[name].answers(evaluation.predictions, samples, rows)
-        for i, *said in zip(rows, before, after):
-            examples.append(Example(name, images_of(name, evaluation.rows[i]), *in_words(samples[i].fields), *said))
-    return examples
-
-
-def write_report(folder: str | Path, results: Mapping, examples: Sequence[Example], log: Sequence[Mapping]) -> None:
+def write_report(folder: str | Path, results: Mapping, examples: Sequence[Example], log: Sequence[Mapping],
+                 confusions: Mapping[str, tuple[list[str], list[list[int]]]], learned: Anatomy | None) -> None:
     """Writes results.json, report.md and report.html (one file, no network) into a folder.
 
     Args:
-        results: see `results_dict`.
-        log: the run's log entries, for the curves.
+        results: see `results`. log: the run's log entries, for the curves. learned: see `anatomy`.
+        confusions: task -> (labels, counts of truths x answers), see `gallery.confusion`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(markdown_report(results, examples), encoding="utf-8")
-    (folder / "report.html").write_text(html_report(results, examples, log), encoding="utf-8")
-
-
-def metric_rows(results: Mapping) -> list[tuple[str, str, float, float]]:
-    """(task, metric, zero-shot, adapted) of every metric."""
-    return [(task, metric, values["zero_shot"][metric], adapted) for task, values in results["tasks"].items()
-            for metric, adapted in values["adapted"].items()]
+    pages = {"results.json": json.dumps(results, indent=2, ensure_ascii=False) + "\n",
+             "report.md": markdown_report(results, examples),
+             "report.html": html_report(results, examples, log, confusions, learned)}
+    for name, text in pages.items():
+        (folder / f"{name}.part").write_text(text, encoding="utf-8")
+    for name in pages:  # only once all are made, so that no file tells of another evaluation
+        (folder / f"{name}.part").replace(folder / name)
 
 
 def text_table(results: Mapping) -> str:
     """The comparison for a terminal; aligned, without colour."""
-    rows = [("task", "metric", "zero-shot", "adapted", "change")]
-    rows += [(task, metric.replace("_", " "), f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}")
-             for task, metric, before, after in metric_rows(results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = ["  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-             for row in rows]
+    cells = [("task", "metric", "n", "zero-shot", "adapted", "change", "95 % interval")]
+    cells += [(row.task, row.metric.replace("_", " "), f"{row.n:,}", f"{row.zero_shot:.1f}", f"{row.adapted:.1f}",
+               f"{row.change:+.1f}", span(row.intervals[2], "+")) for row in metric_rows(results)]
+    lines = [aligned(cells)]
+    for found in results.get("held_out", []):
+        through = ", ".join(f"{value['figure']:.1f} through {task}" for task, value in found["through"].items())
+        lines.append(f"held out: {found['task']} {found['metric'].replace('_', ' ')} {found['frozen']:.1f} frozen, "
+                     f"{through}")
+    return "\n".join(lines)
+
+
+def arm_table(results: Mapping) -> str:
+    """The figures of one arm for a terminal; see `evaluation`."""
+    cells = [("task", "metric", "n", "value", "95 % interval")]
+    for task, values in results["tasks"].items():
+        cells += [(task, metric.replace("_", " "), f"{values['n'][metric]:,}", f"{value:.2f}",
+                   span(values["interval"][metric])) for metric, value in values["metrics"].items()]
+        cells += [(task, f"  {group['by'].replace('_', ' ')} {group['value']}", f"{group['n']:,}",
+                   f"{group['figure']:.2f}", span(group["interval"])) for group in values["groups"]]
+    return aligned(cells)
+
+
+def arm_lines(results: Mapping) -> str:
+    """The same for other programs: task, metric, value, low, high, n, with tabs between; intervals may be empty."""
+    rows = [(task, metric, f"{value:.2f}", *(f"{end:.2f}" for end in values["interval"][metric] or ()),
+             *([] if values["interval"][metric] else ["", ""]), str(values["n"][metric]))
+            for task, values in results["tasks"].items() for metric, value in values["metrics"].items()]
+    return "\n".join("\t".join(row) for row in rows)
+
+
+def aligned(cells: Sequence[Sequence[str]], left: int = 2) -> str:
+    """Rows of cells as a table of plain text, the first row its head, the first `left` columns flush left."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+             for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def span(interval: Interval, sign: str = "") -> str:
+    """An interval in words; "" where there is none."""
+    return f"{interval[0]:{sign}.1f} to {interval[1]:{sign}.1f}" if interval else ""
 
 
 def markdown_report(results: Mapping, examples: Sequence[Example]) -> str:
     """The comparison as Markdown."""
-    lines = ["# Zero-shot against adapted", "", *_about(results), "",
-             "| task | metric | zero-shot | adapted | change |", "|---|---|---:|---:|---:|"]
-    lines += [f"| {task} | {metric.replace('_', ' ')} | {before:.1f} | {after:.1f} | {after - before:+.1f} |"
-              for task, metric, before, after in metric_rows(results)]
-    lines += ["", *_notes(results), ""]
+    lines = ["# Zero-shot against adapted", "", *about(results), "",
+             "| task | metric | n | zero-shot | adapted | change | 95 % interval |",
+             "|---|---|---:|---:|---:|---:|---|"]
+    lines += [f"| {r.task} | {r.metric.replace('_', ' ')} | {r.n:,} | {r.zero_shot:.1f} | {r.adapted:.1f} "
+              f"| {r.change:+.1f} | {span(r.intervals[2], '+')} |" for r in metric_rows(results)]
+    lines += [""] + [f"- {note}" for note in notes(results)] + [""]
+    for found in results.get("held_out", []):
+        through = ", ".join(f"{value['figure']:.1f} through {task} (change {span(value['change'], '+')})"
+                            for task, value in found["through"].items())
+        lines += [f"Held out: {found['task']}, {found['metric'].replace('_', ' ')} (n {found['n']:,}): "
+                  f"{found['frozen']:.1f} frozen, {through}.", ""]
     if results.get("seconds"):
         lines += ["## Time", "", "| stage | seconds |", "|---|---:|"]
         lines += [f"| {stage} | {seconds:.0f} |" for stage, seconds in results["seconds"].items()] + [""]
-    lines += ["## Test samples", "", "| task | question | truth | zero-shot | adapted |", "|---|---|---|---|---|"]
+    lines += ["## Test samples", "", "| task | chosen as | question | truth | zero-shot | adapted |",
+              "|---|---|---|---|---|---|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in (
-        e.task, e.question, e.truth, _mark(e.zero_shot), _mark(e.adapted))) + " |" for e in examples]
+        e.task, e.why, e.question, e.truth, _mark(e.zero_shot), _mark(e.adapted))) + " |" for e in examples]
     return "\n".join(lines) + "\n"
 
 
-def html_report(results: Mapping, examples: Sequence[Example], log: Sequence[Mapping]) -> str:
-    """The comparison as one HTML page: table, curves, gallery."""
-    page = Environment(autoescape=True, trim_blocks=True).from_string(
+def html_report(results: Mapping, examples: Sequence[Example], log: Sequence[Mapping],
+                confusions: Mapping[str, tuple[list[str], list[list[int]]]], learned: Anatomy | None) -> str:
+    """The comparison as one HTML page: tables, curves, gallery, confusions, what the adapters learned."""
+    gallery = {task: {why: list(shown) for why, shown in groupby(own, lambda e: e.why)}
+               for task, own in groupby(examples, lambda e: e.task)}
+    maps = {task: heat_map(labels, labels, counts, f"Answers of {task} by their truth", "d",
+                           axes=("truth", "answer"), off_diagonal=True)
+            for task, (labels, counts) in confusions.items()}
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         (resources.files("vl_mtl_lora") / "embedded" / "report.html.jinja").read_text(encoding="utf-8"))
-    return page.render(about=_about(results), notes=_notes(results), rows=metric_rows(results), examples=examples,
-                       curves=loss_curves(log), seconds=results.get("seconds", {}))
+    return page.render(about=about(results), notes=notes(results), rows=metric_rows(results), gallery=gallery,
+                       groups={task: values["groups"] for task, values in results["tasks"].items()
+                               if values.get("groups")},
+                       held_out=results.get("held_out", []), curves=loss_curves(log), confusions=maps,
+                       learned=learned_drawings(learned) if learned else {}, style=STYLE, span=span,
+                       made=made(results), seconds=results.get("seconds", {}))
 
 
-def loss_curves(log: Sequence[Mapping], width: int = 760, height: int = 260) -> str:
-    """Each task's training loss over steps as an SVG, each curve scaled to its first value; "" without any."""
-    names = sorted({key for entry in log for key in entry if key.startswith("loss/") and key != "loss/total"})
-    curves = {name: [(entry["step"], entry[name]) for entry in log if name in entry] for name in names}
-    curves = {name: points for name, points in curves.items() if len(points) > 1}
-    if not curves:
-        return ""
-    last = max(points[-1][0] for points in curves.values())
-    top = max(1.0, max(y / (points[0][1] or 1.0) for points in curves.values() for _, y in points))
-    left, bottom = 44, 30
-
-    def place(x, y):
-        return f"{left + x / last * (width - left - 10):.1f},{10 + (1 - y / top) * (height - bottom - 10):.1f}"
-
-    parts = [f"<svg viewBox='0 0 {width} {height + 24 * len(curves)}' role='img' "
-             f"aria-label='Training loss per task over {last} steps, relative to its first value'>"]
-    for share in (0.0, 0.5, 1.0):
-        x, y = place(0, share * top).split(",")
-        parts.append(f"<line class='axis' x1='{x}' y1='{y}' x2='{width - 10}' y2='{y}'/>"
-                     f"<text x='{left - 6}' y='{float(y) + 4}' text-anchor='end'>{share * top:.2g}</text>")
-    parts.append(f"<text x='{width - 10}' y='{height - 10}' text-anchor='end'>step {last}</text>"
-                 f"<text x='{left}' y='{height - 10}'>loss / first loss</text>")
-    for i, (name, points) in enumerate(curves.items()):
-        colour, first = _COLOURS[i % len(_COLOURS)], points[0][1] or 1.0
-        line = " ".join(place(x, y / first) for x, y in points)
-        parts.append(f"<polyline fill='none' stroke='{colour}' stroke-width='2' points='{line}'/>"
-                     f"<rect x='{left}' y='{height + 24 * i}' width='14' height='4' fill='{colour}'/>"
-                     f"<text x='{left + 22}' y='{height + 24 * i + 7}'>{html.escape(name.removeprefix('loss/'))}: "
-                     f"{points[0][1]:.3f} at step {points[0][0]}, {points[-1][1]:.3f} at step {points[-1][0]}</text>")
-    return "".join([*parts, "</svg>"])
+def learned_drawings(learned: Anatomy) -> dict[str, tuple[str, str]]:
+    """Heading -> (what it shows, drawing), of `anatomy`."""
+    layers = [layer.name.partition(".")[2] for layer in learned.layers]
+    towers = [layer.tower for layer in learned.layers]
+    drawings = {
+        "Which tasks share": (
+            "Cosine of the tasks' whole updates: 1 where two tasks move the weights alike, 0 where they have nothing "
+            "to do with one another.",
+            heat_map(learned.tasks, learned.tasks, learned.similarity, "Cosine similarity of the tasks' updates",
+                     limits=(-1, 1), off_diagonal=True)),
+        "How far each task went its own way": (
+            "Distance of Lambda from the identity, where it starts, layer by layer: ‖Λ − I‖ / ‖I‖.",
+            heat_map(layers, learned.tasks, learned.distance, "Distance of Lambda from the identity", groups=towers,
+                     axes=("layer", "task"))),
+        "How large the updates are": (
+            "‖ΔW‖ / ‖W‖ of each task, layer by layer.",
+            heat_map(layers, learned.tasks, learned.size, "Size of the update relative to the frozen weight", ".3f",
+                     groups=towers, axes=("layer", "task"))),
+        "Which up-projections each task uses": (
+            "Shares of the up-projections B, softmax(w / tau), layer by layer.",
+            mixture_bars(layers, learned.tasks, learned.mixture, "Mixture of the up-projections", groups=towers,
+                         axes=("layer", "task"))),
+    }
+    return drawings if learned.layers else {}
 
 
-def _about(results: Mapping) -> list[str]:
+def about(results: Mapping) -> list[str]:
+    """What was run, in sentences."""
     run = results.get("run", {})
-    lines = []
-    if run:
-        lines.append(f"Base {run['base']}; MTL-LoRA of rank {run['rank']} on {run['modules']} linear layers of both "
-                     f"towers, {run['trainable']:,} trainable parameters ({run['share']:.1f} % of the base); "
-                     f"{run['steps']} steps.")
-    return lines
+    if not run:
+        return []
+    return [f"Base {run['base']}; MTL-LoRA of rank {run['rank']} on {run['modules']} linear layers, "
+            f"{run['trainable']:,} trainable parameters ({run['share']:.1f} % of the base); {run['steps']} steps."]
 
 
-def _notes(results: Mapping) -> list[str]:
+def notes(results: Mapping) -> list[str]:
+    """What must be known to understand the figures, in sentences."""
     counts = ", ".join(f"{task} {values['samples']:,}" for task, values in results["tasks"].items())
-    lines = [f"Test samples: {counts}. Recall and accuracy in per cent; recall@k is the share of queries with a right "
-             "answer among the k nearest."]
-    if any("CIDEr" in values["adapted"] for values in results["tasks"].values()):
-        lines.append(f"CIDEr is CIDEr-D x 100 with document frequencies from the test references; caption tokenizer: "
-                     f"{results['caption_tokenizer']}.")
-    if any("AUC" in values["adapted"] for values in results["tasks"].values()):
-        lines.append("AUC, in per cent, is the share of pairs of different labels that the score puts in the right "
-                     "order; zero-shot labels of a matching task are the cosines cut into equal parts.")
+    lines = [f"Samples of the {results.get('split', 'test')} split: {counts}. Figures in per cent, but for ranks, and "
+             "CIDEr and AUC as told below.", "n counts queries, questions or pictures. Intervals are bootstrap "
+             "percentiles over 1,000 draws of whole pictures with all their questions and captions; that of a change "
+             "draws the same pictures for both arms."]
+    lines += [note for values in results["tasks"].values() for note in values.get("notes", [])]
+    if results.get("off_equals_base", {}).get("equal"):
+        lines.append(f"With adapters off the model is the frozen base: {results['off_equals_base']['numbers']:,} "
+                     "numbers of its outputs were compared with those of the same model without any adapter, and are "
+                     "equal bit for bit.")
     return lines
 
 
-def _mark(answer: tuple[str, bool]) -> str:
-    text, right = answer
-    return f"{'✓' if right else '✗'} {text or '(nothing)'}"
+def made(results: Mapping) -> dict[str, str]:
+    """What the figures hang on, in pairs of words."""
+    if "versions" not in results:
+        return {}
+    shards = "; ".join(f"{task} {found['hash']} ({found['files']} files)" for task, found in results["shards"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items() if number)
+    return {"date": results["date"], "device": f"{results['device']}, {results['precision']}",
+            "seed": str(results["seed"]), "git revision": results["git_revision"] or "(no checkout)",
+            "shards": shards, "versions": versions}
+
+
+def _mark(said: Said) -> str:
+    return f"{'✓' if said.right else '✗'} {said.text or '(nothing)'}"

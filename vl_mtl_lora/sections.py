@@ -69,6 +69,7 @@ class RetrievalSection(CommonTaskSection):
     augment: bool | dict[str, Any] = True
     loss: Literal["softmax", "sigmoid"] | None = None  # CLIP's or SigLIP's; default: the base's
     scale: float | None = Field(None, gt=0, le=100)  # of similarities at start, then learned; default: the base's
+    faiss_from: int | None = Field(None, ge=1)  # from so many items on evaluate recall alone, by faiss
 
 
 class VQASection(CommonTaskSection):
@@ -208,6 +209,7 @@ class RunConfig(_Strict):
     backbone: BackboneConfig
     adapter: AdapterSection = AdapterSection()
     tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], TaskSection] = Field(min_length=1)
+    held_out: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], TaskSection] = {}  # never trained on; `compare`
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
 
@@ -219,11 +221,14 @@ class RunConfig(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _kind_from_name(cls, data):
-        tasks = data.get("tasks") if isinstance(data, dict) else None
-        if isinstance(tasks, dict):  # a task called vqa is of kind vqa
-            tasks = {name: {"kind": name, **task} if isinstance(task, dict) and name in TASK_SECTIONS else task
-                     for name, task in tasks.items()}
-            data = {**data, "tasks": tasks}
+        for key in ("tasks", "held_out"):
+            tasks = data.get(key) if isinstance(data, dict) else None
+            if isinstance(tasks, dict):
+                # A task called vqa is of kind vqa; one held out has test shards alone, which nobody trains on.
+                tasks = {name: {**({"kind": name} if name in TASK_SECTIONS else {}),
+                                **({"train": task.get("test")} if key == "held_out" and task.get("test") else {}),
+                                **task} if isinstance(task, dict) else task for name, task in tasks.items()}
+                data = {**data, key: tasks}
         return data
 
     @model_validator(mode="after")

@@ -24,8 +24,8 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = 
     Args:
         name: an open_clip model name ("ViT-B-32"), "local-dir:PATH", "hf-hub:ORG/NAME", or "micro-clip", the
             embedded base.
-        pretrained: an open_clip tag or the path of a checkpoint file; only for plain names, which without it start
-            from random weights, as in open_clip.
+        pretrained: the path of a checkpoint file, for a plain name also an open_clip tag. Without it a plain name
+            starts from random weights, as in open_clip, the others from their own.
         prefix_grid: the image enters a CLIP's decoder as 1 + prefix_grid**2 tokens at most; a CoCa has its own.
         image_size: another input size in pixels; positional embeddings are interpolated.
         dtype: of the frozen weights, "float32" or "bfloat16".
@@ -48,6 +48,8 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = 
         if pretrained.lower() not in [tag.lower() for tag in tags]:
             raise UserError(f"backbone.pretrained: {pretrained!r} is neither a file nor a tag of {name}",
                             near=(pretrained, tags))
+    if not plain and pretrained and not Path(pretrained).is_file():
+        raise UserError(f"backbone.pretrained: there is no file {pretrained!r}; {name} has weights of its own")
     options = {} if image_size is None else {"force_image_size": image_size}
     if plain and pretrained:
         options |= _activation(name, pretrained)
@@ -63,9 +65,11 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = 
     root.setLevel(level)
     try:
         with torch.device("meta" if dry_run == "shapes" else "cpu"):
-            model = open_clip.create_model(name, pretrained=pretrained, load_weights=not random_weights,
-                                           pretrained_hf=not random_weights,
+            model = open_clip.create_model(name, pretrained=pretrained if plain else None,
+                                           load_weights=not random_weights, pretrained_hf=not random_weights,
                                            device="meta" if dry_run == "shapes" else "cpu", **options)
+        if not plain and pretrained and not random_weights:  # open_clip would pass it over
+            open_clip.load_checkpoint(model, pretrained)
         tokenizer = _tokenizer(name, model) if dry_run and plain else open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip raises many types for unfit or unreachable weights
         raise UserError(f"backbone: open_clip could not load {name!r} with pretrained={pretrained!r}: "

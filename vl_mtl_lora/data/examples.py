@@ -184,22 +184,23 @@ EASY_VQA = {"vqa": easy_vqa_samples, "captioning": easy_vqa_caption_samples, "ma
 EMOJI = {"emoji": emoji_samples, "emoji-category": emoji_category_samples, "emoji-choice": emoji_choice_samples}
 
 
-def write_easy_vqa(out_dir: str | Path, tasks: Sequence[str] = ("vqa", "captioning"), **options) -> None:
+def write_easy_vqa(out_dir: str | Path, tasks: Sequence[str] = ("vqa", "captioning"), splits: Sequence[str] = SPLITS,
+                   **options) -> None:
     """easy-vqa-TASK-{train,valid,test} shards in a folder; `options` go to `write_shards`.
 
     tasks: of vqa, captioning, matching and reading.
     """
-    for task, split in product(tasks, SPLITS):
+    for task, split in product(tasks, splits):
         write_shards(EASY_VQA[task](split), out_dir, name=f"easy-vqa-{task}-{split}",
                      source="easy-vqa, https://github.com/vzhou842/easy-VQA", licence="MIT", **options)
 
 
-def write_emoji(out_dir: str | Path, name: str = "emoji", **options) -> None:
+def write_emoji(out_dir: str | Path, name: str = "emoji", splits: Sequence[str] = SPLITS, **options) -> None:
     """NAME-{train,valid,test} shards in a folder; `options` go to `write_shards`.
 
     name: "emoji" for retrieval, "emoji-category" for classification, "emoji-choice" for multiple choice.
     """
-    for split in SPLITS:
+    for split in splits:
         artist = ("OpenMoji, https://openmoji.org", "CC BY-SA 4.0") if split == "train" else \
             ("Twemoji, copyright Twitter, Inc and other contributors", "CC BY 4.0")
         write_shards(EMOJI[name](split), out_dir, name=f"{name}-{split}", source=artist[0], licence=artist[1],

@@ -4,6 +4,7 @@ Every shard is scanned once, before the first batch: headers and texts are read,
 sample is read at its place, so that order, length and resuming need nothing of what came before.
 """
 
+import hashlib
 import json
 import os
 from array import array
@@ -137,23 +138,25 @@ def index_sources(sources: Sequence[Source], known_tasks: Sequence[str], faults:
                       np.frombuffer(reader.places, dtype=np.int64).reshape(len(reader.keys), -1)) for reader in found]
 
 
-def build_indices(config: RunConfig, split: str, faults: FaultLog) -> dict[str, TaskIndex]:
+def build_indices(config: RunConfig, split: str, faults: FaultLog, held_out: bool = False) -> dict[str, TaskIndex]:
     """Scans the "train", "valid" or "test" shards of a run's tasks: {task: its samples}, without tasks that have none.
+
+    held_out: of the tasks that it is not trained on instead.
 
     Raises:
         UserError: as `shard_files` and `index_sources`.
     """
     sources = []
-    for name, section in config.tasks.items():
+    for name, section in (config.held_out if held_out else config.tasks).items():
         try:
             files = shard_files(getattr(section, split), config.data.cache, config.data.allow_pipe)
         except UserError as error:
-            raise UserError(f"tasks.{name}.{split}: {error}") from error
+            raise UserError(f"{'held_out' if held_out else 'tasks'}.{name}.{split}: {error}") from error
         if files:
             labels = getattr(section, "labels", None)
             sources.append(Source(name, section.kind, files, section.format, section.images,
                                   None if labels is None else tuple(labels), section.tag))
-    tags = [section.tag or name for name, section in config.tasks.items()]
+    tags = [section.tag or name for name, section in (*config.tasks.items(), *config.held_out.items())]
     indices = index_sources(sources, [*tags, *config.data.ignore_tasks], faults)
     return {index.source.task: index for index in indices}
 
@@ -246,10 +249,26 @@ def _may_hold(shard: str, source: Source, known_tasks: Sequence[str]) -> bool:
     return any(map(source.wants, tags))
 
 
+def shards_hash(files: Sequence[str]) -> str:
+    """A short hash that tells shards from others: of their manifests, which hold checksums, and of names and sizes."""
+    digest = hashlib.sha256()
+    for manifest in sorted({_manifest(Path(file)) for file in files}):
+        if manifest.is_file():
+            digest.update(manifest.read_bytes())
+    for file in sorted(files):
+        digest.update(f"{Path(file).name} {os.path.getsize(file)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _manifest(shard: Path) -> Path:
+    """Where `write_shards` leaves the manifest of a shard."""
+    return shard.with_name(f"{shard.name.rpartition('-')[0]}.manifest.json")
+
+
 def _listed(shard: str) -> dict[str, int] | None:
     """How many samples of each tag the manifest beside a shard says are in it; None where there is none that tells."""
     path = Path(shard)
-    manifest = path.with_name(f"{path.name.rpartition('-')[0]}.manifest.json")
+    manifest = _manifest(path)
     return _read_manifest(manifest, manifest.stat().st_mtime_ns).get(path.name) if manifest.is_file() else None
 
 

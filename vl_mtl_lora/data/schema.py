@@ -46,6 +46,12 @@ class Sample:
         """What tells pictures apart; a sample without one has its key for it."""
         return str(self.fields.get("image_id", self.key))
 
+    @property
+    def dataset(self) -> str:
+        """Its field of that name, else what its shard is called without the number."""
+        named = self.fields.get("dataset")
+        return named if _is_text(named) else self.shard.rpartition("/")[2].rpartition("-")[0]
+
     def turn(self, texts: Sequence[str]) -> str:
         """One of the sample's texts: in every epoch the next one, so that all are seen equally often."""
         return texts[(zlib.crc32(self.key.encode()) + self.epoch) % len(texts)]

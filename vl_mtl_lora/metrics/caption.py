@@ -2,10 +2,10 @@
 
 import logging
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 
@@ -185,7 +185,7 @@ def _meteor_statistics(told: Sequence[str], truth: Sequence[Sequence[str]]) -> n
     """(pictures, 23) of tokenized captions; None, with a warning logged, where Java is missing or fails."""
     from pycocoevalcap.meteor import meteor
 
-    if shutil.which("java") is None:
+    if which("java") is None:
         return None
     # Run once over all lines: pycocoevalcap's own wrapper keeps a Java process open, and waits for ever if it fails.
     command = ["java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en",

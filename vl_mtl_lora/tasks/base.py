@@ -1,8 +1,8 @@
 """What a task is: one file holds its prompt, loss, prediction and metric."""
 
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,21 @@ from torch import Tensor, nn
 from vl_mtl_lora.backbones.base import Backbone, ImageStates, TextCodec
 from vl_mtl_lora.backbones.generation import pad_ids
 from vl_mtl_lora.data.schema import Sample
+from vl_mtl_lora.metrics.bootstrap import Metric
 
 _KEPT_ROWS = 100_000  # of embeddings
 _TEXTS_AT_ONCE = 1024
+
+
+class Answer(NamedTuple):
+    """What a model said of one sample, and whether it counts as right.
+
+    pictures: of a search, the rows of the samples whose pictures it found, best first, and whether each is right.
+    """
+
+    text: str
+    right: bool
+    pictures: tuple[tuple[int, bool], ...] = ()
 
 
 class Task(Protocol):
@@ -41,12 +53,32 @@ class Task(Protocol):
                 zero_shot: bool) -> list[Any]:
         """One prediction per sample. `zero_shot`: answer as the base alone would, without the task's head."""
 
-    def score(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> dict[str, float]:
-        """Metrics over a whole evaluation."""
+    def score(self, predictions: Sequence[Any], samples: Sequence[Sample], thorough: bool = False) -> dict[str, Metric]:
+        """Metrics over a whole evaluation, with pictures as clusters. `thorough`: also those that take long."""
+
+    def quality(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> list[float]:
+        """How good each prediction is by itself, from 0 to 1, to find gains and losses."""
+
+    def closed(self, predictions: Sequence[Any], samples: Sequence[Sample]) -> list[tuple[str, str]]:
+        """(truth, said) of each sample, where both come from a closed list; [] where they do not."""
+
+    def notes(self, samples: Sequence[Sample]) -> list[str]:
+        """Sentences without which the figures cannot be understood: rules, tokenizer, warnings."""
 
     def answers(self, predictions: Sequence[Any], samples: Sequence[Sample],
-                rows: Sequence[int]) -> list[tuple[str, bool]]:
-        """(what the model said, whether it counts as right) of some rows, for people to read."""
+                rows: Sequence[int]) -> list[Answer]:
+        """What was said of some rows, for people to read."""
+
+
+def numbered(names: Iterable[Hashable]) -> list[int]:
+    """Equal names get equal numbers, counted from 0."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]
+
+
+def pictures_of(samples: Sequence[Sample]) -> list[int]:
+    """The number of each sample's picture: the clusters of its figures."""
+    return numbered(sample.image_id for sample in samples)
 
 
 class Kept(nn.Module):

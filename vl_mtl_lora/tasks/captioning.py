@@ -1,9 +1,9 @@
-"""Image captioning: the caption follows the image in the decoder; CIDEr and BLEU-4."""
+"""Image captioning: the caption follows the image in the decoder; CIDEr, BLEU, ROUGE-L and METEOR."""
 
 from torch import nn
 
-from vl_mtl_lora.metrics.caption import caption_metrics, tokenize_caption
-from vl_mtl_lora.tasks.base import next_token_inputs, next_token_loss
+from vl_mtl_lora.metrics.caption import TOKENIZER, caption_metrics, cider_warning, rouge_l, tokenize_caption
+from vl_mtl_lora.tasks.base import Answer, next_token_inputs, next_token_loss, pictures_of
 
 
 class Captioning(nn.Module):
@@ -34,14 +34,33 @@ class Captioning(nn.Module):
         return backbone.generate(states, [self.prompt] * len(samples), max_new_tokens=self.max_new_tokens,
                                  num_beams=self.num_beams)
 
-    def score(self, predictions, samples):
-        # One prediction per picture, whatever the number of samples that show it.
-        seen: dict[str, tuple[str, list[str]]] = {}
-        for prediction, sample in zip(predictions, samples):
-            references = seen.setdefault(sample.image_id, (prediction, []))[1]
-            references += [c for c in sample.fields["captions"] if c not in references]
-        return caption_metrics(*zip(*seen.values()))
+    def score(self, predictions, samples, thorough=False):
+        """CIDEr, BLEU and ROUGE-L; thorough: METEOR too, where Java is there."""
+        first = {picture: i for i, picture in reversed(list(enumerate(pictures_of(samples))))}
+        return caption_metrics([predictions[i] for i in sorted(first.values())], _references(samples), meteor=thorough)
+
+    def quality(self, predictions, samples):
+        """Each caption's ROUGE-L against its picture's own: CIDEr has no upper end."""
+        references = _references(samples)
+        return [rouge_l(prediction, references[picture])
+                for prediction, picture in zip(predictions, pictures_of(samples))]
+
+    def closed(self, predictions, samples):
+        return []
+
+    def notes(self, samples):
+        warning = cider_warning(_references(samples))
+        return [f"{self.name}: CIDEr is CIDEr-D x 100 with document frequencies from the test references; tokenizer: "
+                f"{TOKENIZER}."] + [f"{self.name}: {warning}"] * (warning is not None)
 
     def answers(self, predictions, samples, rows):
-        return [(said := predictions[i], tokenize_caption(said) in map(tokenize_caption, samples[i].fields["captions"]))
-                for i in rows]
+        references = [map(tokenize_caption, samples[i].fields["captions"]) for i in rows]
+        return [Answer(predictions[i], tokenize_caption(predictions[i]) in own) for i, own in zip(rows, references)]
+
+
+def _references(samples) -> list[list[str]]:
+    """The captions of each picture, whatever the number of samples that show it."""
+    found: dict[int, list[str]] = {}
+    for picture, sample in zip(pictures_of(samples), samples):
+        found.setdefault(picture, []).extend(sample.fields["captions"])
+    return [list(dict.fromkeys(captions)) for captions in found.values()]

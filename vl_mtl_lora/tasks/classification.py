@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vl_mtl_lora.metrics.classification import mean_per_class_accuracy, topk_accuracy
-from vl_mtl_lora.tasks.base import Kept, embed_texts, similarity
+from vl_mtl_lora.tasks.base import Answer, Kept, embed_texts, pictures_of, similarity
 
 _BEST = 5  # classes kept of each prediction
 
@@ -61,12 +61,23 @@ class Classification(nn.Module):
         texts = [template.format(label=label) for label in self.classes for template in self.templates]
         return F.normalize(embed_texts(backbone, texts).unflatten(0, (len(self.classes), -1)).mean(dim=1), dim=-1)
 
-    def score(self, predictions, samples):
-        labels = [self.numbers[s.fields["label"]] for s in samples]
-        metrics = {f"accuracy@{k}": topk_accuracy(predictions, labels, k)
+    def score(self, predictions, samples, thorough=False):
+        labels, pictures = [self.numbers[s.fields["label"]] for s in samples], pictures_of(samples)
+        metrics = {f"accuracy@{k}": topk_accuracy(predictions, labels, k, pictures)
                    for k in (1, _BEST) if k < len(self.classes)}  # five of five are always right
-        return {**metrics, "mean_per_class": mean_per_class_accuracy([best for best, *_ in predictions], labels)}
+        chosen = [best for best, *_ in predictions]
+        return {**metrics, "mean_per_class": mean_per_class_accuracy(chosen, labels, pictures)}
+
+    def quality(self, predictions, samples):
+        return [float(best == self.numbers[s.fields["label"]]) for (best, *_), s in zip(predictions, samples)]
+
+    def closed(self, predictions, samples):
+        return [(s.fields["label"], self.classes[best]) for (best, *_), s in zip(predictions, samples)]
+
+    def notes(self, samples):
+        return [f"{self.name}: each of {len(self.classes)} classes is the normalised mean of {len(self.templates)} "
+                "templates' embeddings, as in CLIP_benchmark."]
 
     def answers(self, predictions, samples, rows):
         said = [self.classes[predictions[i][0]] for i in rows]
-        return [(label, label == samples[i].fields["label"]) for label, i in zip(said, rows)]
+        return [Answer(label, label == samples[i].fields["label"]) for label, i in zip(said, rows)]

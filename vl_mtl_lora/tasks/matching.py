@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vl_mtl_lora.metrics.classification import concordance, topk_accuracy
-from vl_mtl_lora.tasks.base import embed_texts, similarity
+from vl_mtl_lora.tasks.base import Answer, embed_texts, pictures_of, similarity
 
 
 class Matching(nn.Module):
@@ -78,13 +78,24 @@ class Matching(nn.Module):
         ranks = np.argsort(np.argsort([score for score, _ in predictions], kind="stable"), kind="stable")
         return (ranks * len(self.labels) // len(predictions)).tolist()
 
-    def score(self, predictions, samples):
-        labels = [self.numbers[s.fields["label"]] for s in samples]
-        metrics = {"accuracy": topk_accuracy([[number] for number in self._chosen(predictions)], labels, 1)}
+    def score(self, predictions, samples, thorough=False):
+        labels, pictures = [self.numbers[s.fields["label"]] for s in samples], pictures_of(samples)
+        metrics = {"accuracy": topk_accuracy([[number] for number in self._chosen(predictions)], labels, 1, pictures)}
         if len(set(labels)) > 1:  # else there is nothing to put in order
-            metrics["AUC"] = concordance([score for score, _ in predictions], labels)
+            metrics["AUC"] = concordance([score for score, _ in predictions], labels, pictures)
         return metrics
+
+    def quality(self, predictions, samples):
+        return [float(number == self.numbers[s.fields["label"]])
+                for number, s in zip(self._chosen(predictions), samples)]
+
+    def closed(self, predictions, samples):
+        return [(s.fields["label"], self.labels[number]) for number, s in zip(self._chosen(predictions), samples)]
+
+    def notes(self, samples):
+        return [f"{self.name}: AUC, in per cent, is the share of pairs of different labels that the score puts in the "
+                "right order; zero-shot labels are the cosines cut into equal parts."]
 
     def answers(self, predictions, samples, rows):
         chosen = self._chosen(predictions)
-        return [(self.labels[chosen[i]], self.labels[chosen[i]] == samples[i].fields["label"]) for i in rows]
+        return [Answer(self.labels[chosen[i]], self.labels[chosen[i]] == samples[i].fields["label"]) for i in rows]

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vl_mtl_lora.backbones.generation import score_choices
-from vl_mtl_lora.tasks.base import embed_texts, next_token_inputs, next_token_loss, similarity
+from vl_mtl_lora.metrics.bootstrap import mean
+from vl_mtl_lora.tasks.base import Answer, embed_texts, next_token_inputs, next_token_loss, pictures_of, similarity
 
 
 class MultipleChoice(nn.Module):
@@ -74,12 +75,20 @@ class MultipleChoice(nn.Module):
         choices = embed_texts(backbone, self._statements(samples))
         return _scores(query, choices, _places(samples).to(query.device)).argmax(dim=1).tolist()
 
-    def score(self, predictions, samples):
-        right = [prediction == s.fields["answer"] for prediction, s in zip(predictions, samples)]
-        return {"accuracy": 100.0 * sum(right) / len(right)}
+    def score(self, predictions, samples, thorough=False):
+        return {"accuracy": mean(self.quality(predictions, samples), pictures_of(samples), 100.0)}
+
+    def quality(self, predictions, samples):
+        return [float(prediction == s.fields["answer"]) for prediction, s in zip(predictions, samples)]
+
+    def closed(self, predictions, samples):
+        return []
+
+    def notes(self, samples):
+        return []
 
     def answers(self, predictions, samples, rows):
-        return [(samples[i].fields["choices"][predictions[i]], predictions[i] == samples[i].fields["answer"])
+        return [Answer(samples[i].fields["choices"][predictions[i]], predictions[i] == samples[i].fields["answer"])
                 for i in rows]
 
 

@@ -1,4 +1,4 @@
-"""Image-text retrieval: contrastive loss within the slice, recall@k both ways."""
+"""Image-text retrieval: contrastive loss within the slice, recall and ranks both ways."""
 
 import math
 
@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vl_mtl_lora.metrics.retrieval import retrieval_metrics
-from vl_mtl_lora.tasks.base import similarity
+from vl_mtl_lora.metrics.retrieval import retrieval_metrics, search
+from vl_mtl_lora.tasks.base import Answer, numbered, pictures_of, similarity
+
+_SHOWN = 5  # of the pictures found
 
 
 class Retrieval(nn.Module):
@@ -29,6 +31,7 @@ class Retrieval(nn.Module):
         super().__init__()
         self.name = name
         self.text = backbone.text
+        self.faiss_from = section.faiss_from
         self.contrastive = section.loss or backbone.contrastive
         start = math.log(section.scale) if section.scale else backbone.log_scale
         if self.contrastive == "sigmoid":
@@ -41,7 +44,7 @@ class Retrieval(nn.Module):
     def collate(self, samples, rng):
         """tokens (B, L): a caption of each sample, in every epoch another. positives (B, B): same image or caption."""
         captions = [s.turn(s.fields["captions"]) for s in samples]
-        images, texts = (torch.tensor(_numbered(names)) for names in ([s.image_id for s in samples], captions))
+        images, texts = (torch.tensor(numbered(names)) for names in ([s.image_id for s in samples], captions))
         positives = (images[:, None] == images) | (texts[:, None] == texts)
         return {"tokens": self.text.rows(captions), "positives": positives}
 
@@ -59,32 +62,48 @@ class Retrieval(nn.Module):
         text = backbone.encode_text(self.text.rows(sum(captions, [])).to(backbone.device)).float().cpu()
         return list(zip(backbone.encode_image(states).float().cpu(), text.split([len(c) for c in captions])))
 
-    def score(self, predictions, samples):
-        return retrieval_metrics(*self._gather(predictions, samples))
+    def score(self, predictions, samples, thorough=False):
+        images, image_groups, texts, text_groups = self.gather(predictions, samples)
+        return retrieval_metrics(images, image_groups, texts, text_groups, self.faiss_from)
+
+    def quality(self, predictions, samples):
+        """One over the rank of the sample's picture among all, for its first caption."""
+        images, image_groups, _, _ = self.gather(predictions, samples)
+        queries = torch.stack([texts[0] for _, texts in predictions]).to(images.device)
+        ranking = search(queries, images, torch.tensor(pictures_of(samples)), image_groups, ks=())
+        return (1 / ranking.first).tolist()
+
+    def closed(self, predictions, samples):
+        return []
+
+    def notes(self, samples):
+        return [f"{self.name}: recall@k is the share of queries with a right answer among the k nearest, as in "
+                "CLIP_benchmark; in ranks, mAP and nDCG a wrong item of the same score counts as half ahead."]
 
     def answers(self, predictions, samples, rows):
-        """The nearest caption of each picture."""
-        _, _, texts, text_groups = self._gather(predictions, samples)
-        captions = [caption for s in samples for caption in s.fields["captions"]]
-        groups = _numbered(s.image_id for s in samples)
-        nearest = [int((texts @ predictions[i][0]).argmax()) for i in rows]
-        return [(captions[text], int(text_groups[text]) == groups[i]) for i, text in zip(rows, nearest)]
+        """The pictures nearest to each sample's first caption."""
+        images, image_groups, _, _ = self.gather(predictions, samples)
+        groups = pictures_of(samples)
+        first = {group: i for i, group in reversed(list(enumerate(groups)))}  # the row that shows the picture
+        out = []
+        for i in rows:
+            scores = images @ predictions[i][1][0].to(images.device)
+            rank = 1 + int((scores > scores[image_groups == groups[i]].max()).sum())
+            nearest = [int(image_groups[j]) for j in scores.topk(min(_SHOWN, len(images))).indices.tolist()]
+            out.append(Answer(f"picture at rank {rank}", nearest[0] == groups[i],
+                              tuple((first[group], group == groups[i]) for group in nearest)))
+        return out
 
-    def _gather(self, predictions, samples):
-        """Each image once, every caption: (N, E), (N,), (M, E), (M,)."""
-        groups = _numbered(s.image_id for s in samples)
+    def gather(self, predictions, samples):
+        """Each image once, every caption, on the model's device: (N, E), (N,), (M, E), (M,)."""
+        groups, device = pictures_of(samples), self.log_scale.device
         first = {group: i for i, group in reversed(list(enumerate(groups)))}
         rows = sorted(first.values())
         images = torch.stack([predictions[i][0] for i in rows])
         texts = torch.cat([texts for _, texts in predictions])
         text_groups = torch.tensor([group for group, (_, t) in zip(groups, predictions) for _ in range(len(t))])
-        return images, torch.tensor([groups[i] for i in rows]), texts, text_groups
-
-
-def _numbered(names) -> list[int]:
-    """Equal names get equal numbers."""
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(name, len(numbers)) for name in names]
+        parts = images, torch.tensor([groups[i] for i in rows]), texts, text_groups
+        return tuple(part.to(device) for part in parts)
 
 
 def contrastive_loss(image: torch.Tensor, text: torch.Tensor, positives: torch.Tensor,

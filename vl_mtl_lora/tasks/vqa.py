@@ -1,6 +1,7 @@
 """Visual question answering: the answer follows the question in the decoder, or comes from a closed list."""
 
 import random
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,17 @@ from torch import nn
 
 from vl_mtl_lora.backbones.generation import score_continuations
 from vl_mtl_lora.errors import UserError
+from vl_mtl_lora.metrics.bootstrap import mean
 from vl_mtl_lora.metrics.vqa import vqa_accuracy
-from vl_mtl_lora.tasks.base import Kept, embed_texts, next_token_inputs, next_token_loss, similarity
+from vl_mtl_lora.tasks.base import (
+    Answer,
+    Kept,
+    embed_texts,
+    next_token_inputs,
+    next_token_loss,
+    pictures_of,
+    similarity,
+)
 
 _CHOICES = 8  # answers that a question is trained to choose among, where its text is ranked
 
@@ -126,10 +136,32 @@ class VQA(nn.Module):
             best.append(texts @ image)
         return [self.answer_list[i] for i in torch.stack(best).argmax(dim=1).tolist()]
 
-    def score(self, predictions, samples):
-        hits = [vqa_accuracy(p, s.fields["answers"], self.rule) for p, s in zip(predictions, samples)]
-        return {"accuracy": 100.0 * sum(hits) / max(len(hits), 1)}
+    def score(self, predictions, samples, thorough=False):
+        """Accuracy by the configured rule; thorough: by the other one too."""
+        metrics = {"accuracy": mean(self.quality(predictions, samples), pictures_of(samples), 100.0)}
+        if thorough:
+            other = "lenient" if self.rule == "official" else "official"
+            metrics[f"accuracy_{other}"] = mean(_accuracies(predictions, samples, other), pictures_of(samples), 100.0)
+        return metrics
+
+    def quality(self, predictions, samples):
+        return _accuracies(predictions, samples, self.rule)
+
+    def closed(self, predictions, samples):
+        """Of several human answers the most frequent is the truth."""
+        if not self.answer_list:
+            return []
+        truths = [Counter(s.fields["answers"]).most_common(1)[0][0] for s in samples]
+        return list(zip(truths, predictions))
+
+    def notes(self, samples):
+        return [f"{self.name}: accuracy by the {self.rule} VQA rule"
+                + (" (the official script)." if self.rule == "official" else " (as lmms-eval).")]
 
     def answers(self, predictions, samples, rows):
-        return [(predictions[i], vqa_accuracy(predictions[i], samples[i].fields["answers"], self.rule) >= 0.5)
-                for i in rows]
+        right = _accuracies([predictions[i] for i in rows], [samples[i] for i in rows], self.rule)
+        return [Answer(predictions[i], accuracy >= 0.5) for i, accuracy in zip(rows, right)]
+
+
+def _accuracies(predictions, samples, rule):
+    return [vqa_accuracy(prediction, s.fields["answers"], rule) for prediction, s in zip(predictions, samples)]
