@@ -142,7 +142,8 @@ def html_report(results: Mapping, examples: Sequence[Example], log: Sequence[Map
     """The comparison as one HTML page: tables, curves, gallery, confusions, what the adapters learned."""
     gallery = {task: {why: list(shown) for why, shown in groupby(own, lambda e: e.why)}
                for task, own in groupby(examples, lambda e: e.task)}
-    maps = {task: heat_map(labels, labels, counts, f"Answers of {task} by their truth", "d",
+    maps = {task: heat_map(labels, labels, [[100 * n / sum(row) if sum(row) else None for n in row] for row in counts],
+                           f"Answers of {task}, per cent of the samples of each truth", ".0f",
                            axes=("truth", "answer"), off_diagonal=True)
             for task, (labels, counts) in confusions.items()}
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
