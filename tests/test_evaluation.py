@@ -222,7 +222,7 @@ def test_a_held_out_task_needs_no_train_shards_and_mistakes_in_it_are_told(tiny_
     test = data["tasks"]["vqa"]["test"]
     assert parse_config({**data, "held_out": {"x": {"kind": "captioning", "test": test}}}).held_out["x"].test
     for section, message in (({"kind": "vqa", "tset": test}, "held_out.x.tset: unknown key; did you mean test"),
-                             ({"kind": "vqa"}, "held_out.x.train: missing"),
+                             ({"kind": "vqa"}, "held_out.x.test: missing"),
                              ({"kind": "clasification", "test": test}, "did you mean classification")):
         with pytest.raises(UserError, match=message):
             parse_config({**data, "held_out": {"x": section}})

@@ -226,10 +226,16 @@ class RunConfig(_Strict):
             if isinstance(tasks, dict):
                 # A task called vqa is of kind vqa; one held out has test shards alone, which nobody trains on.
                 tasks = {name: {**({"kind": name} if name in TASK_SECTIONS else {}),
-                                **({"train": task.get("test")} if key == "held_out" and task.get("test") else {}),
+                                **({"train": task.get("test") or "-"} if key == "held_out" else {}),
                                 **task} if isinstance(task, dict) else task for name, task in tasks.items()}
                 data = {**data, key: tasks}
         return data
+
+    @model_validator(mode="after")
+    def _held_out_is_tested(self):
+        if untested := [name for name, task in self.held_out.items() if not task.test]:
+            raise ValueError(f"held_out.{untested[0]}.test: missing; a held-out task is there to be tested")
+        return self
 
     @model_validator(mode="after")
     def _weights_fit(self):
