@@ -57,6 +57,11 @@ def test_inspect_tells_what_is_adapted_without_weights_or_shards(command, config
     (["evaluate", "nowhere"], "no checkpoint in nowhere"),
     (["compare", "nowhere", "--split", "tset"], "did you mean test"),
     (["quickstart", "--out", "FOLDER"], "holds something else"),
+    (["evaluate", "CONFIG", "--out", "nowhere/x.json"], "expected a file in a folder that exists"),
+    (["evaluate", "CONFIG", "--faiss-from", "5"], "a run has it in its config: tasks.NAME.faiss_from"),
+    (["evaluate", "CONFIG", "--trec", "CONFIG"], "cannot make the folder"),
+    (["evaluate", "CONFIG", "--embeddings", "CONFIG"], "cannot make the folder"),
+    (["evaluate", "a.npy", "b.npy"], "cannot read the embeddings a.npy"),
 ])
 def test_user_errors_are_one_clear_line_and_exit_code_2(command, config_file, tmp_path, arguments, message):
     (tmp_path / "full").mkdir()

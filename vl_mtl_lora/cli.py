@@ -66,12 +66,16 @@ def evaluate(target: Annotated[list[str], typer.Argument(metavar="RUN | CONFIG [
 
     Into a pipe or a file go lines of task, metric, value, both ends of the 95 % interval and n, with tabs between.
     """
-    from vl_mtl_lora.evaluation import evaluate_embeddings, evaluate_model, write_json
+    from vl_mtl_lora.evaluation import check_writable, evaluate_embeddings, evaluate_model, write_json
     from vl_mtl_lora.report import arm_lines, arm_table
 
     _check_split(split)
+    if out:
+        check_writable(out)
     if len(target) == 2 and all(Path(word).suffix in (".safetensors", ".npy") for word in target):
         results = evaluate_embeddings(*target, faiss_from=faiss_from)
+    elif faiss_from:
+        raise UserError("--faiss-from is for files of embeddings; a run has it in its config: tasks.NAME.faiss_from")
     else:
         results = evaluate_model(target[0], target[1:], split=split, limit=limit, zero_shot=zero_shot,
                                  embeddings=embeddings, trec=trec)
@@ -157,8 +161,9 @@ def bench_retrieval(images: Annotated[int, typer.Option(help="the most of them, 
                     out: Annotated[Path, typer.Option(help="file of the result")] = Path("bench-retrieval.json")):
     """Measures time and memory of the retrieval metrics, on random embeddings of growing number."""
     from vl_mtl_lora.bench_retrieval import retrieval_growth, table
-    from vl_mtl_lora.evaluation import write_json
+    from vl_mtl_lora.evaluation import check_writable, write_json
 
+    check_writable(out)
     results = list(retrieval_growth(images, dim=dim))
     write_json({"sizes": results}, out)
     print(f"{table(results)}\n\nresult: {out}")

@@ -35,11 +35,12 @@ Predicted = tuple[list[Sample], list[int], list[Any]]  # samples without picture
 class EmbeddingStore:
     """What retrieval tasks predicted, in FOLDER/TASK.ARM.images.safetensors and FOLDER/TASK.ARM.texts.safetensors.
 
-    Used again only for the same weights, shards and number of samples; else written anew.
+    Used again only for the same weights, shards and number of samples; else written anew. Raises UserError where the
+    folder cannot be made.
     """
 
     def __init__(self, folder: str | Path, model: MultiTaskModel):
-        self.folder = Path(folder)
+        self.folder = made_folder(folder)
         digest = hashlib.sha256()
         for name, tensor in (*model.adapter_state().items(), *model.head_state().items()):
             digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
@@ -63,7 +64,6 @@ class EmbeddingStore:
         if not isinstance(task, Retrieval):
             return
         samples, rows, predictions = predicted
-        self.folder.mkdir(parents=True, exist_ok=True)
         images, image_groups, texts, text_groups = (part.cpu() for part in task.gather(predictions, samples))
         counts = torch.tensor([len(text) for _, text in predictions])
         images_file, texts_file = self.files(task, arm)
@@ -80,6 +80,16 @@ class EmbeddingStore:
     def _key(self, index: TaskIndex, arm: str, limit: int | None) -> str:
         weights = self._base if arm == "zero-shot" else f"{self._base}/{self._adapters}/{arm}"
         return f"{weights}/{shards_hash(index.source.files)}/{len(index)}/{limit}"
+
+
+def made_folder(folder: str | Path) -> Path:
+    """The folder, made if it is not there. Raises UserError."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error}") from error
+    return folder
 
 
 def read_embeddings(path: str | Path) -> tuple[Tensor, Tensor]:
@@ -125,8 +135,7 @@ def write_trec(folder: str | Path, task: Retrieval, samples: list[Sample], predi
     The format of trec_eval: `query Q0 item rank score tag` and `query 0 item 1`. A picture is called by its image_id, a
     text by its picture's and its number, both percent-encoded, since fields are separated by blanks.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(folder)
     images, image_groups, texts, text_groups = task.gather(predictions, samples)
     names = {group: quote(sample.image_id, safe="/:@") for group, sample in zip(pictures_of(samples), samples)}
     image_names = [names[group] for group in image_groups.tolist()]

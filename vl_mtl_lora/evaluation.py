@@ -10,7 +10,7 @@ import torch
 from vl_mtl_lora.checkpoint import load_run
 from vl_mtl_lora.config import load_config
 from vl_mtl_lora.data.faults import FaultLog
-from vl_mtl_lora.embeddings import EmbeddingStore, evaluate_files, write_trec
+from vl_mtl_lora.embeddings import EmbeddingStore, evaluate_files, made_folder, write_trec
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.evaluate import Evaluation, evaluate_task, evaluation_indices
 from vl_mtl_lora.model import build_model
@@ -45,6 +45,8 @@ def evaluate_model(target: str | Path, overrides: Sequence[str] = (), *, split: 
         if overrides:
             raise UserError(f"{target} is a run, which has its config; {overrides[0]!r} belongs to a config's file")
         model, config = load_run(target)
+    if trec:
+        made_folder(trec)  # before the work, not after it
     faults = FaultLog(config.data.max_fault_share)
     indices = evaluation_indices(config, split, faults)
     store = EmbeddingStore(embeddings, model) if embeddings else None
@@ -67,6 +69,12 @@ def evaluate_embeddings(images: str | Path, texts: str | Path, faiss_from: int |
     found = Evaluation([], [], [], evaluate_files(images, texts, faiss_from))
     return {"arm": "embeddings", "tasks": {"retrieval": {**arm_results(found), "notes": []}},
             "files": [str(images), str(texts)], "seconds": {"evaluation": time.perf_counter() - start}}
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises UserError where `write_json` could not write, before the work is done."""
+    if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
+        raise UserError(f"--out: cannot write {path}: expected a file in a folder that exists")
 
 
 def write_json(results: dict, path: str | Path) -> None:
