@@ -7,19 +7,12 @@ from typing import Annotated
 
 import typer
 
+from vl_mtl_lora import cli_adapters, cli_data
+from vl_mtl_lora.arguments import Config, Embeddings, Limit, Overrides, Split
 from vl_mtl_lora.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Adapts frozen vision-language models to many tasks at once with MTL-LoRA.")
-
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run or of a checkpoint")]
-Overrides = Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]...", help="config values to replace, e.g. "
-                                                "train.steps=1000")]
-Split = Annotated[str, typer.Option(help="which shards of the config: test or valid")]
-Embeddings = Annotated[Path | None, typer.Option(help="folder where the embeddings of retrieval tasks are kept for "
-                                                 "the next time")]
-Limit = Annotated[int | None, typer.Option(help="the most samples of each task", min=1)]
 
 
 @app.command()
@@ -117,20 +110,6 @@ def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="f
 
 
 @app.command()
-def export(run: Run, task: Annotated[str, typer.Option(help="the task to fold into the base")],
-           out: Annotated[Path | None, typer.Option(help="file, else RUN/merged-TASK.safetensors")] = None,
-           format: Annotated[str, typer.Option(help="merged")] = "merged"):
-    """Writes the base with one task's adapters folded in, under the library's own names."""
-    from vl_mtl_lora.export import export_merged
-
-    if format != "merged":
-        raise UserError(f"--format {format} is not possible; weights are written merged")
-    out = out or run / f"merged-{task}.safetensors"
-    export_merged(run, task, out)
-    print(f"merged weights: {out}")
-
-
-@app.command()
 def inspect(config: Config, overrides: Overrides = None):
     """Shows what a config adapts, and fails where an adapter would never learn. Needs no weights and no shards."""
     from vl_mtl_lora.config import load_config
@@ -169,59 +148,8 @@ def bench_retrieval(images: Annotated[int, typer.Option(help="the most of them, 
     print(f"{table(results)}\n\nresult: {out}")
 
 
-data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Looks into shards.")
-app.add_typer(data, name="data")
-
-Shards = Annotated[list[str], typer.Argument(metavar="SHARDS...", help="paths, globs, brace ranges or URLs of shards")]
-Format = Annotated[str, typer.Option(help="what is in them: tagged, img2dataset or clip_benchmark")]
-
-
-@data.command("inspect")
-def inspect_data(shards: Shards, format: Format = "tagged",
-                 samples: Annotated[int, typer.Option(help="shown of each task", min=1)] = 15,
-                 out: Annotated[Path, typer.Option(help="file of the contact sheet")] = Path("contact_sheet.png")):
-    """Prints tasks, counts and statistics of the fields; draws a contact sheet of samples with their texts."""
-    from vl_mtl_lora.data.contact_sheet import contact_sheet
-    from vl_mtl_lora.data.survey import read_sample, survey
-
-    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: expected a .png file in a folder that exists")
-    tasks, faults = survey(_shard_files(shards, format), format)
-    for tag, found in tasks.items():
-        print("\n  ".join([f"{tag}: {next(lines := found.lines())}", *lines]))
-    for fault in faults[:20]:
-        print(f"fault: {fault}")
-    if faults:
-        print(f"{len(faults):,} faults; `data validate` lists all, those of pictures too")
-    if not tasks:
-        raise UserError("there is no good sample in these shards")
-    shown = [found.shown[i * len(found.shown) // count] for found in tasks.values()
-             for count in [min(samples, len(found.shown))] for i in range(count)]
-    contact_sheet([read_sample(shard, entry) for shard, entry in shown]).save(out)
-    print(f"contact sheet: {out}")
-
-
-@data.command("validate")
-def validate_data(shards: Shards, format: Format = "tagged",
-                  processes: Annotated[int, typer.Option(help="how many read at once", min=1)] = 1):
-    """Reads everything, pictures and checksums too, and lists every fault; exit code 1 where there is one."""
-    from vl_mtl_lora.data.survey import validate
-
-    counts, faults = validate(_shard_files(shards, format), format, processes, tell=lambda fault: print(fault))
-    listed = ", ".join(f"{tag} {count:,}" for tag, count in sorted(counts.items()))
-    print(f"{counts.total():,} good samples ({listed or 'none'}), {len(faults):,} faults")
-    if faults:
-        raise typer.Exit(1)
-
-
-def _shard_files(patterns: list[str], format: str) -> tuple[str, ...]:
-    from vl_mtl_lora.data.files import shard_files
-    from vl_mtl_lora.sections import DataSection
-
-    formats = ("tagged", "img2dataset", "clip_benchmark")
-    if format not in formats:
-        raise UserError(f"--format: unknown format {format!r}", near=(format, formats))
-    return shard_files(patterns, DataSection().cache)
+cli_adapters.add_to(app)
+app.add_typer(cli_data.app, name="data")
 
 
 def _check_split(split: str) -> None:
