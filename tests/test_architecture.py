@@ -20,8 +20,8 @@ ORDER = ["errors", "sections", "config", "routing", "metrics.bootstrap", "metric
          "tasks.classification", "tasks.multiple_choice", "tasks.matching", "tasks",
          "model", "memory", "inspection", "checkpoint", "export", "anatomy", "embeddings", "evaluate", "journal",
          "trainer", "bench_loader", "bench_arms", "bench", "results", "evaluation", "bench_retrieval",
-         "forgetting", "gallery", "drawings", "report", "compare", "side_by_side", "quickstart", "", "arguments",
-         "cli_adapters", "cli_data", "cli", "__main__"]
+         "forgetting", "gallery", "drawings", "report", "compare", "side_by_side", "quickstart", "", "cli_data",
+         "cli", "__main__"]
 HOMES = {"open_clip": "backbones", "timm": "backbones", "transformers": "backbones", "webdataset": "data"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -7,12 +7,21 @@ from typing import Annotated
 
 import typer
 
-from vl_mtl_lora import cli_adapters, cli_data
-from vl_mtl_lora.arguments import Config, Embeddings, Limit, Overrides, Split
+from vl_mtl_lora import cli_data
 from vl_mtl_lora.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Adapts frozen vision-language models to many tasks at once with MTL-LoRA.")
+app.add_typer(cli_data.app, name="data")
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run or of a checkpoint")]
+Overrides = Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]...", help="config values to replace, e.g. "
+                                                "train.steps=1000")]
+Split = Annotated[str, typer.Option(help="which shards of the config: test or valid")]
+Embeddings = Annotated[Path | None, typer.Option(help="folder where the embeddings of retrieval tasks are kept for "
+                                                 "the next time")]
+Limit = Annotated[int | None, typer.Option(help="the most samples of each task", min=1)]
 
 
 @app.command()
@@ -110,6 +119,20 @@ def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="f
 
 
 @app.command()
+def export(run: Run, task: Annotated[str, typer.Option(help="the task to fold into the base")],
+           out: Annotated[Path | None, typer.Option(help="file, else RUN/merged-TASK.safetensors")] = None,
+           format: Annotated[str, typer.Option(help="merged")] = "merged"):
+    """Writes the base with one task's adapters folded in, under the library's own names."""
+    from vl_mtl_lora.export import export_merged
+
+    if format != "merged":
+        raise UserError(f"--format {format} is not possible; weights are written merged")
+    out = out or run / f"merged-{task}.safetensors"
+    export_merged(run, task, out)
+    print(f"merged weights: {out}")
+
+
+@app.command()
 def inspect(config: Config, overrides: Overrides = None):
     """Shows what a config adapts, and fails where an adapter would never learn. Needs no weights and no shards."""
     from vl_mtl_lora.config import load_config
@@ -146,10 +169,6 @@ def bench_retrieval(images: Annotated[int, typer.Option(help="the most of them, 
     results = list(retrieval_growth(images, dim=dim))
     write_json({"sizes": results}, out)
     print(f"{table(results)}\n\nresult: {out}")
-
-
-cli_adapters.add_to(app)
-app.add_typer(cli_data.app, name="data")
 
 
 def _check_split(split: str) -> None:
