@@ -70,12 +70,31 @@ def test_batches_depend_on_seed_and_number_alone(tiny_shards, workers):
 
 @pytest.mark.parametrize("world,workers", [(2, 0), (3, 2), (5, 0)])
 def test_ranks_share_the_batches_of_one_process(tiny_shards, world, workers):
-    straight = told(take(stream_of(tiny_shards), 2 * world + 1))
-    ranks = [told(take(stream_of(tiny_shards), 2, workers, start=1, rank=rank, world=world)) for rank in range(world)]
-    assert [batch for turn in zip(*ranks) for batch in turn] == straight[1:]
-    # Another number of ranks goes on with the next batch that nobody has seen.
-    later = told(take(stream_of(tiny_shards), 1, start=2 * world))
-    assert later == straight[2 * world:]
+    straight = told(take(stream_of(tiny_shards), 3 * world))
+    ranks = [told(take(stream_of(tiny_shards, world=world), 2, workers, start=1, rank=rank)) for rank in range(world)]
+    assert [batch for turn in zip(*ranks) for batch in turn] == straight[world:]
+
+
+def test_the_batches_of_a_turn_have_the_same_rows_of_each_task(tiny_shards):
+    stream = stream_of(tiny_shards, rows=(3.4, 1.6, 1), world=3)
+    ranks = [take(stream, 5, rank=rank) for rank in range(3)]
+    turns = [[[len(b.inputs[task]["id"]) for task in TASKS] for b in turn] for turn in zip(*ranks)]
+    assert all(counts == turn[0] for turn in turns for counts in turn) and len({tuple(turn[0]) for turn in turns}) > 1
+
+
+@pytest.mark.parametrize("rows", [(4, 3, 2), (3.4, 1.6, 1)])
+def test_another_number_of_ranks_goes_on_with_the_samples_that_nobody_has_seen(tiny_shards, rows):
+    def ids(batches):
+        return {task: sum([b.inputs[task]["id"].tolist() for b in batches], []) for task in TASKS}
+
+    three = stream_of(tiny_shards, rows=rows, world=3)
+    before = ids([batch for turn in zip(*(take(three, 2, rank=rank) for rank in range(3))) for batch in turn])
+    assert three.used(2) == [len(before[task]) for task in TASKS]
+    two = stream_of(tiny_shards, rows=rows, world=2, start=2, used=three.used(2))
+    after = ids([batch for turn in zip(*(take(two, 3, rank=rank, start=2) for rank in range(2))) for batch in turn])
+    alone = ids(take(stream_of(tiny_shards, rows=rows), 20))
+    for task in TASKS:
+        assert before[task] + after[task] == alone[task][:len(before[task] + after[task])]
 
 
 def test_resuming_decodes_nothing_of_what_came_before(tiny_shards):
@@ -202,7 +221,8 @@ def test_evaluation_sees_every_good_sample_once_in_order(tmp_path):
     assert [s.key for b in batches for s in b.samples] == ["0", "1", "2", "4", "5", "6"]
     assert [row for b in batches for row in b.rows] == [0, 1, 2, 4, 5, 6]
     assert [fault["key"] for fault in faults.report()] == ["3"]
-    assert sum(len(b.samples) for b in eval_batches(index, to_tensor, rows=2, faults=FaultLog(1.0), limit=5)) == 5
+    batches = list(eval_batches(index, to_tensor, rows=2, faults=FaultLog(1.0), among=range(2, 6)))
+    assert [row for b in batches for row in b.rows] == [2, 4, 5]
     with pytest.raises(UserError, match="1 of 7 pictures"):
         list(eval_batches(index, to_tensor, rows=4, faults=FaultLog()))
 

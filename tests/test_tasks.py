@@ -10,7 +10,7 @@ from vl_mtl_lora import UserError, parse_config
 from vl_mtl_lora.backbones.base import ImageStates
 from vl_mtl_lora.backbones.generation import score_continuations
 from vl_mtl_lora.data.schema import Sample
-from vl_mtl_lora.tasks import build_tasks
+from vl_mtl_lora.tasks import build_tasks, retrieval
 from vl_mtl_lora.tasks.base import Answer, next_token_inputs
 from vl_mtl_lora.tasks.retrieval import contrastive_loss, sigmoid_loss
 
@@ -31,6 +31,11 @@ def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
+def names_of(groups):
+    """(B, 2) names with one image to each group, and captions of their own."""
+    return torch.tensor([[group, 100 + i] for i, group in enumerate(groups)])
+
+
 def test_contrastive_loss_shares_the_mass_among_captions_of_one_image():
     generator = torch.Generator().manual_seed(0)
     image, text = (F.normalize(torch.randn(4, 6, generator=generator).double(), dim=-1) for _ in range(2))
@@ -41,8 +46,7 @@ def test_contrastive_loss_shares_the_mass_among_captions_of_one_image():
             logp = (5.0 * items @ queries[i]).log_softmax(0)
             right = [j for j in range(4) if groups[j] == groups[i]]
             total -= sum(logp[j] for j in right) / len(right) / 8
-    positives = torch.tensor(groups)[:, None] == torch.tensor(groups)
-    got = contrastive_loss(image, text, positives, torch.tensor(5.0))
+    got = contrastive_loss(image, text, names_of(groups), torch.tensor(5.0))
     torch.testing.assert_close(got.double(), total, atol=1e-6, rtol=1e-6)
 
 
@@ -57,11 +61,26 @@ def test_sigmoid_loss_is_the_paper_s_and_open_clip_s():
         for j in range(4):
             sign = 1.0 if groups[i] == groups[j] else -1.0
             total -= F.logsigmoid(sign * (8.0 * image[i] @ text[j] - 3.0)) / 4
-    positives = torch.tensor(groups)[:, None] == torch.tensor(groups)
     scale, bias = torch.tensor(8.0), torch.tensor(-3.0)
-    torch.testing.assert_close(sigmoid_loss(image, text, positives, scale, bias).double(), total, atol=1e-6, rtol=1e-6)
+    got = sigmoid_loss(image, text, names_of(groups), scale, bias)
+    torch.testing.assert_close(got.double(), total, atol=1e-6, rtol=1e-6)
     theirs = SigLipLoss()(image.float(), text.float(), scale, bias)
-    torch.testing.assert_close(sigmoid_loss(image.float(), text.float(), torch.eye(4).bool(), scale, bias), theirs)
+    torch.testing.assert_close(sigmoid_loss(image.float(), text.float(), names_of(range(4)), scale, bias), theirs)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_the_sigmoid_loss_in_chunks_is_the_whole_one(monkeypatch, chunk):
+    def slopes():
+        generator = torch.Generator().manual_seed(0)
+        parts = [torch.randn(4, 6, generator=generator).double().requires_grad_() for _ in range(2)]
+        parts += [torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (2.0, -3.0)]
+        loss = sigmoid_loss(parts[0], parts[1], names_of([0, 1, 0, 2]), parts[2], parts[3])
+        return [loss, *torch.autograd.grad(loss, parts)]
+
+    whole = slopes()
+    monkeypatch.setattr(retrieval, "_CHUNK", chunk)
+    for got, expected in zip(slopes(), whole):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("options,base,expected", [
@@ -144,7 +163,8 @@ def test_prompts_are_the_backbone_s_unless_the_config_has_one(tiny_backbone):
 def test_rows_of_one_image_or_one_caption_are_positives_of_each_other(tiny_backbone):
     rows = [(0, "a red circle"), (1, "blue"), (0, "red"), (2, "blue")]
     samples = [sample(image_id=i, captions=[caption]) for i, caption in rows]
-    positives = task(tiny_backbone(), "retrieval").collate(samples, random.Random(0))["positives"]
+    names = task(tiny_backbone(), "retrieval").collate(samples, random.Random(0))["names"]
+    positives = (names[:, None] == names).any(dim=-1)
     assert positives.int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
 
 

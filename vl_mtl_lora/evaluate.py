@@ -1,7 +1,7 @@
 """Evaluation of one task: adapters off (zero-shot) or on (adapted), every sample once."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +17,7 @@ from vl_mtl_lora.embeddings import EmbeddingStore, Predicted
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.metrics.bootstrap import Metric
 from vl_mtl_lora.model import MultiTaskModel
+from vl_mtl_lora.ranks import everyone, rank, world
 from vl_mtl_lora.sections import RunConfig
 from vl_mtl_lora.tasks.base import Task
 
@@ -76,24 +77,40 @@ def evaluate_task(model: MultiTaskModel, index: TaskIndex, *, zero_shot: bool, r
 
 def _predict(model: MultiTaskModel, task: Task, index: TaskIndex, arm: str, route: AbstractContextManager,
              zero_shot: bool, rows: int, limit: int | None, faults: FaultLog) -> Predicted:
+    """The first good samples, `limit` at most, in their order. Several processes share them and hold all afterwards."""
+    wanted = len(index) if limit is None else min(limit, len(index))
+    found: list[tuple[int, Sample, Any]] = []
+    taken = 0  # rows of the index
+    with route, tqdm(desc=f"{task.name}, {arm}", total=wanted, unit="sample", dynamic_ncols=True, leave=False,
+                     disable=rank() > 0) as bar:
+        while taken < len(index) and len(found) < wanted:  # broken ones are made up for in another round
+            until = min(len(index), taken + wanted - len(found))
+            own = range(taken + (until - taken) * rank() // world(), taken + (until - taken) * (rank() + 1) // world())
+            log = faults if world() == 1 else FaultLog(1.0)  # a share is judged over all processes
+            parts = everyone((list(_predict_rows(model, task, index, own, zero_shot, rows, log, bar)), log))
+            for part, others in parts:
+                found += part
+                faults.add(others)
+            taken = until
+    faults.judge(task.name, "picture")
+    places, samples, predictions = zip(*found) if found else ((), (), ())
+    return list(samples), list(places), list(predictions)
+
+
+def _predict_rows(model: MultiTaskModel, task: Task, index: TaskIndex, among: range, zero_shot: bool, rows: int,
+                  faults: FaultLog, bar: tqdm) -> Iterator[tuple[int, Sample, Any]]:
+    """(row, sample without its pictures, prediction) of each good one of some rows."""
     backbone = model.backbone
-    samples: list[Sample] = []
-    places: list[int] = []
-    predictions: list[Any] = []
-    batches = eval_batches(index, backbone.loader_preprocess([None])[0], rows=rows, faults=faults,
-                           collate_images=backbone.collate_images, limit=limit)
-    total = len(index) if limit is None else min(limit, len(index))
-    with route, tqdm(desc=f"{task.name}, {arm}", total=total, unit="sample", dynamic_ncols=True, leave=False) as bar:
-        for batch in batches:
-            states = None
-            if batch.images is not None:
-                states = backbone.image_states(batch.images.to(backbone.device))
-                states = states.rows(batch.image_rows.to(backbone.device))
-            predictions += task.predict(backbone, states, batch.samples, zero_shot)
-            samples += [replace(sample, images=()) for sample in batch.samples]  # pictures would fill the memory
-            places += batch.rows
-            bar.update(len(batch.samples))
-    return samples, places, predictions
+    for batch in eval_batches(index, backbone.loader_preprocess([None])[0], rows=rows, faults=faults, among=among,
+                              collate_images=backbone.collate_images):
+        states = None
+        if batch.images is not None:
+            states = backbone.image_states(batch.images.to(backbone.device))
+            states = states.rows(batch.image_rows.to(backbone.device))
+        predictions = task.predict(backbone, states, batch.samples, zero_shot)
+        samples = [replace(sample, images=()) for sample in batch.samples]  # pictures would fill the memory
+        yield from zip(batch.rows, samples, predictions)
+        bar.update(len(samples))
 
 
 def _groups(task: Task, predictions: list[Any], samples: list[Sample]) -> dict[tuple[str, str], Metric]:

@@ -289,7 +289,12 @@ def _library_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 def unit(x: Tensor) -> Tensor:
     """(..., E) vectors of length one, in float32 or wider: similarities decide by small differences."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+    return F.normalize(wide(x), dim=-1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or in float64 where it is so already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _scaling(transform: Any) -> Tensor | None:

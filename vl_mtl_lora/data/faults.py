@@ -56,6 +56,15 @@ class FaultLog:
             self.judge(task, stage)
         return new
 
+    def add(self, other: "FaultLog") -> None:
+        """Takes over what another process has counted."""
+        if other is self:
+            return
+        for (task, stage), records in other._seen.items():
+            self._seen[task, stage] += records - other._broken[task, stage]
+        for fault, (task, stage) in other.faults.items():
+            self.count(task, stage, fault)
+
     def seen(self, task: str, stage: str) -> int:
         """How many records of a task were counted at a stage."""
         return self._seen[task, stage]

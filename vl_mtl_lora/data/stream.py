@@ -1,7 +1,8 @@
 """Batches by their number: which samples they hold, decoded and collated; and one pass over a task for evaluation.
 
 Batch number n is a function of the seed and n alone. Loader processes, ranks and resumed runs ask for the numbers that
-are theirs, so nothing is read that another one uses, and nothing is skipped by reading it.
+are theirs, so nothing is read that another one uses, and nothing is skipped by reading it. With several ranks the
+batches are used in turns: each rank takes one of a turn, and all of a turn have the same numbers of rows.
 """
 
 import itertools
@@ -74,12 +75,17 @@ class BatchStream(Dataset):
 
     rows: of each task in a batch, in the feeds' order; where they are no whole numbers, on the long average.
     collate_images: the pictures of a batch -> the tensor of them. window: see `SampleOrder`.
+    world: ranks that share the stream. used: (T,) samples of each task used before turn `start`, by however many ranks
+    there then were; None for as many as there are now.
     """
 
     def __init__(self, feeds: Sequence[Feed], rows: Sequence[float], *,
-                 collate_images: Callable[[list], Any] = default_collate, seed: int = 0, window: int = 100_000):
-        self.feeds, self.seed, self.collate_images = list(feeds), seed, collate_images
+                 collate_images: Callable[[list], Any] = default_collate, seed: int = 0, window: int = 100_000,
+                 world: int = 1, start: int = 0, used: Sequence[int] | None = None):
+        self.feeds, self.seed, self.collate_images, self.world = list(feeds), seed, collate_images, world
         self.schedule = Schedule(rows, seed=seed)
+        _, before = self.schedule(start)
+        self._lead = [0] * len(feeds) if used is None else [n - world * first for n, first in zip(used, before)]
         self.orders = [SampleOrder(f.index.source.task, f.index.sizes, seed=seed, window=window) for f in self.feeds]
 
     def __getitem__(self, number: int) -> "Batch | UserError":
@@ -91,9 +97,17 @@ class BatchStream(Dataset):
 
     def places(self, number: int) -> tuple[list[list[tuple[int, int]]], list[float]]:
         """(each task's (epoch, row) of the samples of a batch, each task's epochs after it)."""
-        counts, before = self.schedule(number)
-        places = [[order(first + i) for i in range(count)] for order, count, first in zip(self.orders, counts, before)]
-        return places, [(first + count) / len(order) for order, count, first in zip(self.orders, counts, before)]
+        turn, rank = divmod(number, self.world)
+        counts, _ = self.schedule(turn)
+        places = [[order(first + rank * count + i) for i in range(count)]
+                  for order, count, first in zip(self.orders, counts, self.used(turn))]
+        return places, [(first + self.world * count) / len(order)
+                        for order, count, first in zip(self.orders, counts, self.used(turn))]
+
+    def used(self, turn: int) -> list[int]:
+        """(T,): samples of each task used before a turn."""
+        _, before = self.schedule(turn)
+        return [lead + self.world * first for lead, first in zip(self._lead, before)]
 
     def _batch(self, number: int) -> Batch:
         images, ids, slices, inputs, keys, checked = [], [], {}, {}, [], []
@@ -161,9 +175,9 @@ def _pictures(sample: Sample, transform: Callable[[Image.Image], Any], side: int
         raise BadSample(f"image cannot be preprocessed: {type(error).__name__}: {error}") from error
 
 
-def train_batches(stream: BatchStream, workers: int, *, faults: FaultLog | None = None, start: int = 0, rank: int = 0,
-                  world: int = 1) -> Iterator[Batch]:
-    """The batches with the numbers start + rank, start + rank + world and so on, without end.
+def train_batches(stream: BatchStream, workers: int, *, faults: FaultLog | None = None, start: int = 0,
+                  rank: int = 0) -> Iterator[Batch]:
+    """A rank's batches of the turns from `start` on, without end.
 
     Args:
         workers: loader processes; 0: none, they are decoded here.
@@ -174,7 +188,8 @@ def train_batches(stream: BatchStream, workers: int, *, faults: FaultLog | None 
     """
     faults = faults or FaultLog()
     # A generator of its own: the loader must not draw from the one that dropout draws from, or resuming would shift it.
-    loader = DataLoader(stream, batch_size=None, sampler=itertools.count(start + rank, world), num_workers=workers,
+    loader = DataLoader(stream, batch_size=None, sampler=itertools.count(start * stream.world + rank, stream.world),
+                        num_workers=workers,
                         prefetch_factor=4 if workers else None, generator=torch.Generator())
     items = iter(loader)
     while True:
@@ -227,8 +242,8 @@ class EvalBatch:
 
 def eval_batches(index: TaskIndex, transform: Callable[[Image.Image], Any], *, rows: int, faults: FaultLog,
                  collate_images: Callable[[list], Any] = default_collate,
-                 limit: int | None = None) -> Iterator[EvalBatch]:
-    """One pass over a task's samples, in order, each good one exactly once; at most `limit` of them.
+                 among: Sequence[int] | None = None) -> Iterator[EvalBatch]:
+    """One pass over a task's samples, or those in some rows of the index, in order, each good one exactly once.
 
     Raises:
         UserError: too many broken samples.
@@ -244,10 +259,7 @@ def eval_batches(index: TaskIndex, transform: Callable[[Image.Image], Any], *, r
             part.clear()
         return batch
 
-    count = 0
-    for row in range(len(index)):
-        if count == limit:
-            break
+    for row in range(len(index)) if among is None else among:
         try:
             sample = index.sample(row)
             names = [(sample.image_id, i) for i in range(images)]
@@ -262,7 +274,6 @@ def eval_batches(index: TaskIndex, transform: Callable[[Image.Image], Any], *, r
         samples.append(sample)
         sample_rows.append(row)
         image_rows += [pictures[name] for name in names]
-        count += 1
         if len(samples) == rows:
             yield flush()
     faults.judge(task, "picture")

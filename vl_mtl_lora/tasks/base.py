@@ -7,10 +7,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from vl_mtl_lora.backbones.base import Backbone, ImageStates, TextCodec
+from vl_mtl_lora.backbones.base import Backbone, ImageStates, TextCodec, wide
 from vl_mtl_lora.backbones.generation import pad_ids
 from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.metrics.bootstrap import Metric
+from vl_mtl_lora.ranks import shared_mean
 
 _KEPT_ROWS = 100_000  # of embeddings
 _TEXTS_AT_ONCE = 1024
@@ -133,7 +134,8 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
 
 
 def next_token_loss(backbone: Backbone, states: ImageStates, inputs: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy of the supervised tokens of `next_token_inputs`."""
+    """Mean cross-entropy of the supervised tokens of `next_token_inputs`, over those of all processes."""
     x = backbone.token_states(states, inputs["tokens"])
     logits = backbone.logits(x.flatten(0, 1)[inputs["positions"]])
-    return torch.nn.functional.cross_entropy(logits.float(), inputs["labels"])
+    total = torch.nn.functional.cross_entropy(wide(logits), inputs["labels"], reduction="sum")
+    return shared_mean(total, torch.tensor(len(inputs["labels"]), device=total.device))

@@ -29,7 +29,7 @@ class Classification(nn.Module):
         self.classes, self.templates, self.negatives = list(section.labels), list(section.templates), section.negatives
         self.numbers = {label: i for i, label in enumerate(self.classes)}
         self.example = {"label": self.classes[0], "text": "a picture of something red"}
-        self.log_scale = nn.Parameter(torch.tensor(backbone.log_scale))
+        self.log_scale = nn.Parameter(torch.tensor([backbone.log_scale]))
         self.kept = Kept()
 
     def collate(self, samples, rng):

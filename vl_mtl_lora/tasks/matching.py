@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vl_mtl_lora.backbones.base import wide
 from vl_mtl_lora.metrics.classification import concordance, topk_accuracy
 from vl_mtl_lora.tasks.base import Answer, embed_texts, pictures_of, similarity
 
@@ -56,7 +57,7 @@ class Matching(nn.Module):
 
     def _logits(self, parts):
         # Unit vectors have entries of about E^-1/2; the scale makes them, and their products, of order one.
-        parts = parts.float() * parts.shape[-1] ** 0.5
+        parts = wide(parts) * parts.shape[-1] ** 0.5
         products = [parts[:, i] * parts[:, j] for i, j in combinations(range(parts.shape[1]), 2)]
         return self.head(torch.cat([*parts.unbind(1), *products], dim=-1))
 

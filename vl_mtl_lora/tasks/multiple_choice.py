@@ -35,7 +35,7 @@ class MultipleChoice(nn.Module):
         self.prompt = backbone.prompts["vqa"] if section.prompt is None else section.prompt
         self.zero_shot_prompt = section.zero_shot_prompt
         if self.answer_by == "similarity":
-            self.log_scale = nn.Parameter(torch.tensor(backbone.log_scale))
+            self.log_scale = nn.Parameter(torch.tensor([backbone.log_scale]))
 
     def _prompts(self, samples):
         return [self.prompt.format(question=s.fields["question"]) for s in samples]

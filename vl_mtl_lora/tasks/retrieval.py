@@ -1,21 +1,27 @@
 """Image-text retrieval: contrastive loss within the slice, recall and ranks both ways."""
 
 import math
+from collections.abc import Iterable
+from hashlib import blake2b
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from vl_mtl_lora.metrics.retrieval import retrieval_metrics, search
-from vl_mtl_lora.tasks.base import Answer, numbered, pictures_of, similarity
+from vl_mtl_lora.ranks import joined
+from vl_mtl_lora.tasks.base import Answer, pictures_of, similarity
 
 _SHOWN = 5  # of the pictures found
+_CHUNK = 8192  # texts that the sigmoid loss holds against its images at once
 
 
 class Retrieval(nn.Module):
     """CLIP's loss (arXiv 2103.00020) or SigLIP's (arXiv 2303.15343), by default the one that the base was trained with.
 
-    Pairs of one image, or of one caption, are no negatives of each other.
+    Pairs of one image, or of one caption, are no negatives of each other. With several processes the negatives are
+    those of all of them.
     Head: `log_scale`, the logarithm of the similarity's scale, starting at the base's or as the config says; with
     SigLIP's loss also `bias`, which is added to the scaled similarity.
     """
@@ -36,25 +42,26 @@ class Retrieval(nn.Module):
         start = math.log(section.scale) if section.scale else backbone.log_scale
         if self.contrastive == "sigmoid":
             # A base of the other loss has no bias; SigLIP started at this one.
-            self.bias = nn.Parameter(torch.tensor(backbone.logit_bias if backbone.contrastive == "sigmoid" else -10.0))
+            bias = backbone.logit_bias if backbone.contrastive == "sigmoid" else -10.0
+            self.bias = nn.Parameter(torch.tensor([bias]))
         else:
             start = min(start, self.max_log_scale)
-        self.log_scale = nn.Parameter(torch.tensor(start))
+        self.log_scale = nn.Parameter(torch.tensor([start]))
 
     def collate(self, samples, rng):
-        """tokens (B, L): a caption of each sample, in every epoch another. positives (B, B): same image or caption."""
+        """tokens (B, L): a caption of each sample, in every epoch another. names (B, 2): numbers of the image and the
+        caption, equal where they are, in whatever process."""
         captions = [s.turn(s.fields["captions"]) for s in samples]
-        images, texts = (torch.tensor(numbered(names)) for names in ([s.image_id for s in samples], captions))
-        positives = (images[:, None] == images) | (texts[:, None] == texts)
-        return {"tokens": self.text.rows(captions), "positives": positives}
+        names = torch.stack([_numbers(s.image_id for s in samples), _numbers(captions)], dim=1)
+        return {"tokens": self.text.rows(captions), "names": names}
 
     def loss(self, backbone, states, inputs):
         image, text = backbone.encode_image(states), backbone.encode_text(inputs["tokens"])
         if self.contrastive == "sigmoid":
-            return sigmoid_loss(image, text, inputs["positives"], self.log_scale.exp(), self.bias)
+            return sigmoid_loss(image, text, inputs["names"], self.log_scale.exp(), self.bias)
         with torch.no_grad():  # as CLIP does; a clamp in the loss would leave the parameter without a slope
             self.log_scale.clamp_(max=self.max_log_scale)
-        return contrastive_loss(image, text, inputs["positives"], self.log_scale.exp())
+        return contrastive_loss(image, text, inputs["names"], self.log_scale.exp())
 
     def predict(self, backbone, states, samples, zero_shot):
         """(image embedding (E,), caption embeddings (captions, E)) per sample."""
@@ -106,17 +113,37 @@ class Retrieval(nn.Module):
         return tuple(part.to(device) for part in parts)
 
 
-def contrastive_loss(image: torch.Tensor, text: torch.Tensor, positives: torch.Tensor,
+def contrastive_loss(image: torch.Tensor, text: torch.Tensor, names: torch.Tensor,
                      scale: torch.Tensor) -> torch.Tensor:
-    """Symmetric InfoNCE of (B, E) images and texts; a row's positives (B, B), symmetric, share the probability mass."""
-    logits = scale * similarity(image, text.T)
-    target = positives.to(logits.dtype)
+    """Symmetric InfoNCE of (B, E) images and texts, each against those of all processes; the processes' mean is the
+    loss of the joined batch. A row's positives, those with one of its (B, 2) names, share the probability mass."""
+    target = _positives(names, joined(names)).to(image.dtype)  # (B, all)
     target = target / target.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    to_text = F.cross_entropy(scale * similarity(image, joined(text).T), target)
+    return (to_text + F.cross_entropy(scale * similarity(text, joined(image).T), target)) / 2
 
 
-def sigmoid_loss(image: torch.Tensor, text: torch.Tensor, positives: torch.Tensor, scale: torch.Tensor,
+def sigmoid_loss(image: torch.Tensor, text: torch.Tensor, names: torch.Tensor, scale: torch.Tensor,
                  bias: torch.Tensor) -> torch.Tensor:
-    """SigLIP's loss (arXiv 2303.15343, algorithm 1) of (B, E) images and texts with (B, B) positives."""
-    logits = scale * similarity(image, text.T) + bias
-    return -F.logsigmoid(torch.where(positives, logits, -logits)).sum() / len(logits)
+    """SigLIP's loss (arXiv 2303.15343, algorithm 1) of (B, E) images and texts with (B, 2) names, as above.
+
+    A process's images are held against the texts of all, in chunks whose logits are computed again in the backward
+    pass, so that memory does not grow with the number of processes.
+    """
+    def part(texts, their_names):
+        logits = scale * similarity(image, texts.T) + bias
+        return -F.logsigmoid(torch.where(_positives(names, their_names), logits, -logits)).sum()
+
+    chunks = zip(joined(text).split(_CHUNK), joined(names).split(_CHUNK))
+    return sum(checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks) / len(image)
+
+
+def _positives(names: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """(B, M): which of (M, 2) names have the image or the caption of each of (B, 2)."""
+    return (names.unsqueeze(1) == others).any(dim=-1)
+
+
+def _numbers(names: Iterable) -> torch.Tensor:
+    """A 64-bit number of each name; by chance two of a batch of 100,000 agree about once in four thousand million."""
+    digests = [blake2b(repr(name).encode(), digest_size=8).digest() for name in names]
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vl_mtl_lora.backbones.base import wide
 from vl_mtl_lora.backbones.generation import score_continuations
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.metrics.bootstrap import mean
 from vl_mtl_lora.metrics.vqa import vqa_accuracy
+from vl_mtl_lora.ranks import shared_mean
 from vl_mtl_lora.tasks.base import (
     Answer,
     Kept,
@@ -64,7 +66,7 @@ class VQA(nn.Module):
             width = backbone.embed_dim
             self.classifier = nn.Linear(3 * width, len(self.answer_list))
         if self.answer_by == "similarity":
-            self.log_scale = nn.Parameter(torch.tensor(backbone.log_scale))
+            self.log_scale = nn.Parameter(torch.tensor([backbone.log_scale]))
 
     def _prompts(self, samples):
         return [self.prompt.format(question=s.fields["question"]) for s in samples]
@@ -102,16 +104,15 @@ class VQA(nn.Module):
             return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
         if self.answer_by != "classification":
             return next_token_loss(backbone, states, inputs)
-        # Answers outside the list are ignored; clamp keeps a slice of none of the others from dividing by zero.
         total = F.cross_entropy(self._classify(backbone, states, inputs["tokens"]), inputs["labels"], reduction="sum")
-        return total / (inputs["labels"] >= 0).sum().clamp(min=1)
+        return shared_mean(total, (inputs["labels"] >= 0).sum())  # answers outside the list are ignored
 
     def _classify(self, backbone, states, tokens):
         """(B, answers) logits from (B, L) question tokens."""
         question, image = backbone.encode_text(tokens), backbone.encode_image(states)
         # Unit vectors have entries of about E^-1/2; the scale makes them of order one.
         features = torch.cat([image, question, image * question * image.shape[1] ** 0.5], dim=-1)
-        return self.classifier(features.float() * image.shape[1] ** 0.5)
+        return self.classifier(wide(features) * image.shape[1] ** 0.5)
 
     def predict(self, backbone, states, samples, zero_shot):
         """One answer text per sample."""
