@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vl_mtl_lora"
 # In import order: a file imports only files above it.
-ORDER = ["errors", "sections", "config", "routing", "metrics.bootstrap", "metrics.retrieval", "metrics.vqa",
+ORDER = ["errors", "ranks", "sections", "config", "routing", "metrics.bootstrap", "metrics.retrieval", "metrics.vqa",
          "metrics.caption", "metrics.classification", "metrics",
          "data.pictures", "data.schema", "data.shards", "data.faults", "data.files", "data.tar",
          "data.records", "data.index",
@@ -18,8 +18,8 @@ ORDER = ["errors", "sections", "config", "routing", "metrics.bootstrap", "metric
          "backbones.hf_text", "backbones.hf_dual", "backbones.hf_chat_text", "backbones.hf_chat", "backbones.hf",
          "backbones", "targets", "lora", "tasks.base", "tasks.retrieval", "tasks.vqa", "tasks.captioning",
          "tasks.classification", "tasks.multiple_choice", "tasks.matching", "tasks",
-         "model", "memory", "inspection", "checkpoint", "export", "anatomy", "embeddings", "evaluate", "journal",
-         "trainer", "bench_loader", "bench_arms", "bench", "results", "evaluation", "bench_retrieval",
+         "model", "memory", "inspection", "checkpoint", "resume", "export", "anatomy", "embeddings", "evaluate",
+         "journal", "trainer", "bench_loader", "bench_arms", "bench", "results", "evaluation", "bench_retrieval",
          "forgetting", "gallery", "drawings", "report", "compare", "side_by_side", "quickstart", "", "cli_data",
          "cli", "__main__"]
 HOMES = {"open_clip": "backbones", "timm": "backbones", "transformers": "backbones", "webdataset": "data"}

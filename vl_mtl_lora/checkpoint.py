@@ -4,9 +4,9 @@ Tensors are safetensors under logical names (tower.block.role.parameter), never 
 temporary name and renamed, so that one that can be seen is whole.
 """
 
-import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,42 +20,77 @@ from torch import Tensor
 from vl_mtl_lora.config import RunConfig, parse_config
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.model import MultiTaskModel, build_model
+from vl_mtl_lora.ranks import everyone, rank, whole
 
 FORMAT = "vl_mtl_lora/1"
 
 
 def save_checkpoint(folder: str | Path, model: MultiTaskModel, config: RunConfig, *, step: int,
-                    results: Mapping | None = None, resume: Mapping[str, Tensor] | None = None) -> None:
-    """Writes a checkpoint folder, replacing an earlier one of that name.
+                    results: Mapping | None = None, resume: Mapping[str, Tensor] | None = None,
+                    keep: int = 0) -> None:
+    """Writes a checkpoint folder, replacing an earlier one of that name. Of several processes all must call it, and
+    the first one writes.
 
     Args:
         step: optimizer steps done.
         results: metrics for results.json and the model card.
-        resume: tensors of the optimizer and the random generators; see `trainer`.
+        resume: tensors of the optimizer and the random generators; see `resume`.
+        keep: how many earlier checkpoints of that name stay, as step-N/ beside it.
+
+    Raises:
+        UserError: it cannot be written, for want of space or of permission; an earlier one is as it was.
     """
-    folder = Path(folder)
+    adapters, heads, resume = (None if state is None else {name: whole(t).detach().cpu() for name, t in state.items()}
+                               for state in (model.adapter_state(), model.head_state(), resume))
+    problem = None
+    if rank() == 0:
+        try:
+            _write_checkpoint(Path(folder), model, config, step, adapters, heads, results or {}, resume, keep)
+        except OSError as error:
+            problem = f"cannot write the checkpoint {folder}: {error}; make room there and go on with --resume"
+    if problem := everyone(problem)[0]:
+        raise UserError(problem)
+
+
+def _write_checkpoint(folder: Path, model: MultiTaskModel, config: RunConfig, step: int, adapters: Mapping[str, Tensor],
+                      heads: Mapping[str, Tensor], results: Mapping, resume: Mapping[str, Tensor] | None,
+                      keep: int) -> None:
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     summary = model.summary
     description = {
         "format": FORMAT, "method": "MTL-LoRA (arXiv 2410.09437)", "step": step,
-        "tasks": list(model.router.task_names), "base": fingerprint(model), "config": config.model_dump(),
+        "tasks": list(model.router.task_names), "base": model.fingerprint, "config": config.model_dump(),
         "modules": summary.modules, "trainable_parameters": summary.parameters,
     }
     _write(temporary / "adapter_config.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-    _save(model.adapter_state(), temporary / "adapter_model.safetensors")
-    _save(model.head_state(), temporary / "heads.safetensors")
-    _write(temporary / "results.json", json.dumps(dict(results or {}), indent=2) + "\n")
-    _write(temporary / "README.md", model_card(config, model, step, results or {}))
+    _save(adapters, temporary / "adapter_model.safetensors")
+    _save(heads, temporary / "heads.safetensors")
+    _write(temporary / "results.json", json.dumps(dict(results), indent=2) + "\n")
+    _write(temporary / "README.md", model_card(config, model, step, results))
     if resume is not None:
         _save(resume, temporary / "resume.safetensors")
+    _sync(temporary)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
+    _sync(folder.parent)
+    if keep and old.exists():
+        earlier = folder.with_name(f"step-{read_description(old)['step']}")
+        shutil.rmtree(earlier, ignore_errors=True)
+        old.rename(earlier)
     shutil.rmtree(old, ignore_errors=True)
+    if keep:
+        _remove_but_newest(folder.parent, keep)
+
+
+def _remove_but_newest(folder: Path, keep: int) -> None:
+    kept = {int(match[1]): path for path in folder.iterdir() if (match := re.fullmatch(r"step-(\d+)", path.name))}
+    for step in sorted(kept)[:-keep]:
+        shutil.rmtree(kept[step], ignore_errors=True)
 
 
 def recover_checkpoint(folder: str | Path) -> None:
@@ -89,7 +124,7 @@ def load_checkpoint(folder: str | Path, model: MultiTaskModel) -> dict:
     if description["tasks"] != list(model.router.task_names):
         raise UserError(f"{folder}: its tasks are {description['tasks']}, the model's are "
                         f"{list(model.router.task_names)}; ids would point at other tasks' parameters")
-    if description["base"] != fingerprint(model):
+    if description["base"] != model.fingerprint:
         raise UserError(f"{folder}: the adapters were trained on another base "
                         f"({description['config']['backbone']}); load that one")
     saved, own = description["config"]["adapter"], asdict(model.summary.config)
@@ -130,26 +165,6 @@ def find_checkpoint(folder: str | Path) -> Path:
     raise UserError(f"no checkpoint in {folder}: expected a run's folder with best/ or last/, or one of those")
 
 
-def load_resume(folder: str | Path) -> dict[str, Tensor]:
-    """The tensors saved as `resume`. Raises UserError where there are none."""
-    try:
-        return load_file(Path(folder) / "resume.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be resumed: {error}") from error
-
-
-def fingerprint(model: MultiTaskModel) -> str:
-    """A short hash over the shapes and some values of the frozen weights: cheap also for large bases."""
-    digest = hashlib.sha256()
-    for tensor in model.backbone.library_state().values():
-        if type(tensor) is not Tensor or not tensor.is_floating_point():  # quantised: the others tell enough
-            continue
-        flat = tensor.flatten()
-        step = max(1, len(flat) // 64)
-        digest.update(repr((tuple(tensor.shape), flat[::step][:64].float().cpu().tolist())).encode())
-    return digest.hexdigest()[:16]
-
-
 def model_card(config: RunConfig, model: MultiTaskModel, step: int, results: Mapping) -> str:
     """README.md of a checkpoint: what it is, what it was trained on, what it scored."""
     base = config.backbone
@@ -172,7 +187,7 @@ def model_card(config: RunConfig, model: MultiTaskModel, step: int, results: Map
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     _sync(path)
 
 
@@ -182,8 +197,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    with open(path, "rb") as stream:
-        os.fsync(stream.fileno())
+    """Of a file its content, of a folder its list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _load(own: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The command line: each command is a plain function; user errors are one line and exit code 2."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -51,7 +52,8 @@ def train(config: Config, overrides: Overrides = None,
     from vl_mtl_lora.trainer import train as run
 
     out = run(load_config(config, overrides or []), resume=resume)
-    print(f"checkpoints: {out}; next: vl-mtl-lora compare {out}")
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
+        print(f"checkpoints: {out}; next: vl-mtl-lora compare {out}")
 
 
 @app.command()

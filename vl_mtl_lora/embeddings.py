@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vl_mtl_lora.checkpoint import fingerprint
 from vl_mtl_lora.data.index import TaskIndex, shards_hash
 from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.errors import UserError
@@ -44,7 +43,7 @@ class EmbeddingStore:
         digest = hashlib.sha256()
         for name, tensor in (*model.adapter_state().items(), *model.head_state().items()):
             digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-        self._base, self._adapters = fingerprint(model), digest.hexdigest()
+        self._base, self._adapters = model.fingerprint, digest.hexdigest()
 
     def load(self, task: Task, index: TaskIndex, arm: str, limit: int | None) -> Predicted | None:
         """What was saved; None where there is nothing of this model and these samples."""

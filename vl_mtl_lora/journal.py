@@ -1,4 +1,7 @@
-"""What a run tells of itself while it trains: means, speed, and the log that a resumed run goes on with."""
+"""What a run tells of itself while it trains: means, speed, and the log that a resumed run goes on with.
+
+Of several processes the first one writes, for all.
+"""
 
 import json
 import time
@@ -10,6 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from vl_mtl_lora.errors import UserError
+from vl_mtl_lora.ranks import everyone, rank, world
 
 
 class Meter:
@@ -38,12 +42,15 @@ class Meter:
         self._rows += rows
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """(mean loss by name, samples per second and the share of the time that went into waiting for data)."""
-        means = {name: float(value) / self._batches for name, value in self._sums.items()}
+        """(mean loss by name, samples per second and the share of the time that went into waiting for data), over all
+        processes, which must all call it."""
         passed = time.perf_counter() - self._start
-        speed = {"samples_per_second": self._rows / passed, "data_wait": self._waited / passed}
+        own = ({name: float(value) / self._batches for name, value in self._sums.items()},
+               self._rows / passed, self._waited / passed)
         self.__init__()
-        return means, speed
+        means, speeds, waits = zip(*everyone(own))
+        return ({name: sum(each[name] for each in means) / world() for name in means[0]},
+                {"samples_per_second": sum(speeds), "data_wait": sum(waits) / world()})
 
 
 class Journal:
@@ -51,6 +58,9 @@ class Journal:
 
     def __init__(self, out: Path, after: int):
         """after: entries of later steps are dropped, so that a resumed run tells no step twice."""
+        self._stream = self._board = None
+        if rank() > 0:
+            return
         kept = [entry for entry in read_log(out) if entry["step"] <= after] if after else []
         self._stream = open(out / "log.jsonl", "w", encoding="utf-8")  # noqa: SIM115
         self._stream.writelines(json.dumps(entry) + "\n" for entry in kept)
@@ -58,6 +68,8 @@ class Journal:
         self._board = SummaryWriter(out / "tensorboard", purge_step=after + 1)
 
     def write(self, entry: dict) -> None:
+        if self._stream is None:
+            return
         self._stream.write(json.dumps(entry) + "\n")
         self._stream.flush()
         for name, value in entry.items():
@@ -68,8 +80,9 @@ class Journal:
         return self
 
     def __exit__(self, *_) -> None:
-        self._stream.close()
-        self._board.close()
+        if self._stream is not None:
+            self._stream.close()
+            self._board.close()
 
 
 def read_log(run: str | Path) -> list[dict]:

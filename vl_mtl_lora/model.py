@@ -1,7 +1,9 @@
 """Backbone, router, adapters and task heads as one module: `forward(batch) -> losses`."""
 
+import hashlib
 import random
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from types import MethodType
 from typing import Literal
 
@@ -54,6 +56,25 @@ class MultiTaskModel(nn.Module):
     def head_state(self) -> dict[str, nn.Parameter]:
         """Every task head's tensor, e.g. `retrieval.log_scale`."""
         return dict(self.tasks.named_parameters())
+
+    def trainable_state(self) -> dict[str, nn.Parameter]:
+        """Adapters and heads."""
+        return {**self.adapter_state(), **self.head_state()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash over the shapes and some values of the frozen weights: cheap also for large bases.
+
+        To be asked for before they are spread over processes; then it stays known.
+        """
+        digest = hashlib.sha256()
+        for tensor in self.backbone.library_state().values():
+            if type(tensor) is not Tensor or not tensor.is_floating_point():  # quantised: the others tell enough
+                continue
+            flat = tensor.flatten()
+            step = max(1, len(flat) // 64)
+            digest.update(repr((tuple(tensor.shape), flat[::step][:64].float().cpu().tolist())).encode())
+        return digest.hexdigest()[:16]
 
 
 def build_model(config: RunConfig, dry_run: Literal["shapes", "narrow", "random"] | None = None) -> MultiTaskModel:

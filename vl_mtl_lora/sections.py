@@ -200,6 +200,8 @@ class TrainSection(_Strict):
     eval_every: int = Field(0, ge=0)  # steps between evaluations on the valid shards; 0: only at the end
     eval_samples: int = Field(500, ge=1)  # of each task
     save_every: int = Field(500, ge=1)  # steps between saves of the last checkpoint
+    keep: int = Field(0, ge=0)  # earlier ones that stay, as step-N/
+    shard: bool = False  # with several processes, spread the weights over them (FSDP2) instead of copying them (DDP)
 
 
 class RunConfig(_Strict):

@@ -4,19 +4,19 @@ import copy
 import json
 import logging
 import math
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
 from tqdm import tqdm
 
-from vl_mtl_lora.checkpoint import load_checkpoint, load_resume, recover_checkpoint, save_checkpoint
+from vl_mtl_lora.checkpoint import load_checkpoint, recover_checkpoint, save_checkpoint
 from vl_mtl_lora.config import RunConfig, dump_config, parse_config
 from vl_mtl_lora.data.faults import FaultLog
 from vl_mtl_lora.data.index import TaskIndex, build_indices
@@ -27,6 +27,15 @@ from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.evaluate import evaluate_tasks, primary_score
 from vl_mtl_lora.journal import Journal, Meter
 from vl_mtl_lora.model import MultiTaskModel, build_model, checkpoint_blocks
+from vl_mtl_lora.ranks import everyone, launched, prepared, rank, wait, whole, whole_weights, world
+from vl_mtl_lora.resume import (
+    check_resumable,
+    load_resume,
+    restore_generators,
+    restore_optimizer,
+    resume_state,
+    seed_rank,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +43,9 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict], None] | None = None,
           on_batch: Callable[[Batch], None] | None = None) -> Path:
     """Trains the adapters and heads that a config describes; returns the run's folder.
+
+    Processes that torchrun or accelerate has started train together, each on rows of its own. Started again after a
+    death, they go on from the last checkpoint.
 
     Args:
         config: the run. Its folder gets config.yaml, log.jsonl, tensorboard/, last/ and best/.
@@ -43,75 +55,90 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
 
     Raises:
         UserError: a config, shard or checkpoint that cannot be used; a folder that already holds another run; a
-            gradient that is no number.
+            gradient that is no number; another process is lost.
+        SystemExit: with 0, after SIGTERM: the step under way is done and saved.
     """
+    with launched(config.train.shard) as accelerator:
+        out = Path(config.out)
+        if rank() == 0:
+            for name in ("last", "best"):
+                recover_checkpoint(out / name)
+        wait()
+        started = (out / "last" / "adapter_config.json").is_file()
+        resume = resume or started and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if resume and not started:
+            raise UserError(f"nothing to resume in {out}: there is no checkpoint last/")
+        if started and not resume:
+            raise UserError(f"{out} already holds a run: add --resume to go on with it, or set another out=FOLDER")
+        _train(accelerator, config, resume, on_step, on_batch)
+    return out
+
+
+def _train(accelerator: Accelerator, config: RunConfig, resume: bool, on_step: Callable[[int, dict], None] | None,
+           on_batch: Callable[[Batch], None] | None) -> None:
     out, section = Path(config.out), config.train
     last = out / "last"
-    for name in ("last", "best"):
-        recover_checkpoint(out / name)
-    started = (last / "adapter_config.json").is_file()
-    if resume and not started:
-        raise UserError(f"nothing to resume in {out}: there is no checkpoint last/")
-    if started and not resume:
-        raise UserError(f"{out} already holds a run: add --resume to go on with it, or set another out=FOLDER")
-    accelerator = Accelerator()  # its own precision setting is global to the process; ours is the run's
-    if accelerator.num_processes > 1:
-        raise UserError(f"training runs in one process, got {accelerator.num_processes}: start it without a launcher")
     set_seed(section.seed)
     model = build_model(config)
     if section.checkpointing:
         checkpoint_blocks(model)
+    log.debug("base weights: %s", model.fingerprint)  # known before they are spread over processes
+    step, state = 0, {}
+    if resume:
+        description = load_checkpoint(last, model)
+        step, state = description["step"], load_resume(last)
+        check_resumable(parse_config(description["config"]), config)
+        if step >= section.steps:
+            log.warning("%s already has %d of %d steps", out, step, section.steps)
+    faults, valid_faults = FaultLog(config.data.max_fault_share), FaultLog(config.data.max_fault_share)
+    with accelerator.local_main_process_first():  # which copies remote shards, for the others to find
+        indices = build_indices(config, "train", faults)
+        valid = build_indices(config, "valid", valid_faults)
+    sizes = torch.tensor([size for index in indices.values() for size in (-1, *index.sizes)])
+    if not torch.equal(sizes, state.get("data.sizes", sizes)):
+        raise UserError("the train shards hold other samples than in the run to resume: put them back, or start "
+                        "another run")
+    turn, used = step * section.accumulate, state.get("data.used")
+    stream = build_stream(config, model, indices, start=turn, used=None if used is None else used.tolist())
+    batches = train_batches(stream, config.data.workers, faults=faults, start=turn, rank=rank())
     optimizer = build_optimizer(model, section.lr, section.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, section.warmup, section.steps))
-    step = 0
+    wrapped, optimizer = prepared(accelerator, model, optimizer, model.backbone.blocks())
+    seed_rank(section.seed)
     if resume:
-        description = load_checkpoint(last, model)
-        step = description["step"]
-        _check_resumable(parse_config(description["config"]), config)
-        state = load_resume(last)
-        _restore(state, model, optimizer, schedule, step)
-        if step >= section.steps:
-            log.warning("%s already has %d of %d steps", out, step, section.steps)
-    faults = FaultLog(config.data.max_fault_share)
-    indices = build_indices(config, "train", faults)
-    sizes = torch.tensor([size for index in indices.values() for size in (-1, *index.sizes)])
-    if resume and not torch.equal(sizes, state.get("data.sizes", sizes)):
-        raise UserError("the train shards hold other samples than in the run to resume: put them back, or start "
-                        "another run")
-    stream = build_stream(config, model, indices)
-    valid_faults = FaultLog(config.data.max_fault_share)
-    valid = build_indices(config, "valid", valid_faults)
-    found = [] if resume else [*faults.faults, *valid_faults.faults]
-    batches = train_batches(stream, config.data.workers, faults=faults, start=step * section.accumulate)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+        restore_optimizer(state, model, optimizer, schedule, step)
+        restore_generators(state)
+    if rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     parameters = [p for p in model.parameters() if p.requires_grad]
     best = _best_so_far(out) if resume else -math.inf
 
     meter = Meter()
     model.train()
-    with loader_deaths_told(), Journal(out, after=step) as journal, _interrupts() as interrupted, \
-            tqdm(total=section.steps, initial=step, desc="train", unit="step", dynamic_ncols=True) as bar:
-        for fault in found:
-            journal.write({"step": step, "fault": str(fault)})
+    with loader_deaths_told(), Journal(out, after=step) as journal, _signals() as noted, \
+            tqdm(total=section.steps, initial=step, desc="train", unit="step", dynamic_ncols=True,
+                 disable=rank() > 0) as bar:
+        told = [] if resume else [*faults.faults, *valid_faults.faults]
         while step < section.steps:
-            for _ in range(section.accumulate):
+            for part in range(1, section.accumulate + 1):
                 with meter.waiting():
                     batch = next(batches)
                 if on_batch:
                     on_batch(batch)
-                for fault in batch.faults:
-                    journal.write({"step": step, "fault": str(fault)})
-                with torch.autocast(accelerator.device.type, torch.bfloat16, section.precision == "bf16"):
-                    losses = wrapped(batch.to(accelerator.device))
-                    total = sum(config.tasks[name].weight * loss for name, loss in losses.items())
-                accelerator.backward(total / section.accumulate)
+                told += batch.faults
+                with nullcontext() if part == section.accumulate else accelerator.no_sync(wrapped):
+                    with torch.autocast(accelerator.device.type, torch.bfloat16, section.precision == "bf16"):
+                        losses = wrapped(batch.to(accelerator.device))
+                        total = sum(config.tasks[name].weight * loss for name, loss in losses.items())
+                    accelerator.backward(total / section.accumulate)
                 meter.add(len(batch.keys), {**losses, "total": total})
-            norm = accelerator.clip_grad_norm_(parameters, section.clip)
-            at_end, stop = step + 1 == section.steps, interrupted()
+            norm = whole(torch.nn.utils.clip_grad_norm_(parameters, section.clip))
+            at_end = step + 1 == section.steps
             logs = (step + 1) % section.log_every == 0 or at_end
+            # Several processes agree on when to stop where they talk anyway.
+            stop = next(filter(None, everyone(noted()) if logs else [noted()] if world() == 1 else []), None)
             saves = (step + 1) % section.save_every == 0 or at_end or stop
             evaluates = valid and (at_end or section.eval_every and (step + 1) % section.eval_every == 0)
             if (logs or saves or evaluates) and not math.isfinite(norm):  # asked now and then: asking makes a GPU wait
@@ -125,14 +152,18 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
             if on_step:
                 on_step(step, {name: float(loss.detach()) for name, loss in losses.items()})
             if logs:
+                for fault in dict.fromkeys(fault for faults in everyone(told) for fault in faults):
+                    journal.write({"step": step, "fault": str(fault)})
+                told = []
                 means, speed = meter.read()
                 journal.write({"step": step, **{f"loss/{name}": value for name, value in means.items()},
                                **{f"epoch/{name}": epochs for name, epochs in batch.epochs.items()},
                                "lr": schedule.get_last_lr()[0], "grad_norm": float(norm), **speed})
                 bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
             if evaluates:
-                metrics = evaluate_tasks(model, valid, rows=config.data.eval_batch, limit=section.eval_samples,
-                                         faults=valid_faults)
+                with whole_weights(model):
+                    metrics = evaluate_tasks(model, valid, rows=config.data.eval_batch, limit=section.eval_samples,
+                                             faults=valid_faults)
                 score = primary_score(model, metrics)
                 journal.write({"step": step, "valid/score": score,
                                **{f"valid/{task}/{name}": value for task, values in metrics.items()
@@ -144,50 +175,44 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
                 model.train()
                 meter.restart()
             if saves:
-                save_checkpoint(last, model, config, step=step, resume={
-                    **_resume_state(model, optimizer), "data.sizes": sizes})
+                save_checkpoint(last, model, config, step=step, keep=section.keep, resume={
+                    **resume_state(model, optimizer), "data.sizes": sizes,
+                    "data.used": torch.tensor(stream.used(step * section.accumulate))})
             if stop and not at_end:
-                raise UserError(f"stopped at step {step}; {last} is saved, go on with: "
-                                f"vl-mtl-lora train {out / 'config.yaml'} --resume")
-    return out
-
-
-def _check_resumable(saved: RunConfig, config: RunConfig) -> None:
-    """What decides the order of samples, or what a head's outputs mean, must be as it was."""
-    def settings(data: dict) -> dict:
-        return {"train.seed": data["train"]["seed"], "train.accumulate": data["train"]["accumulate"],
-                "data.shuffle": data["data"]["shuffle"], "data.mixing": data["data"]["mixing"],
-                **{f"tasks.{name}.{key}": task.get(key) for name, task in data["tasks"].items()
-                   for key in ("kind", "tag", "rows", "images", "train", "format", "augment", "labels", "answers")}}
-
-    before, after = settings(saved.model_dump()), settings(config.model_dump())
-    for key in before:
-        if before[key] != after.get(key):
-            raise UserError(f"{key} was {before[key]} in the run to resume and is {after.get(key)} now: set it back "
-                            "or start another run")
+                message = (f"stopped at step {step}; {last} is saved, go on with: vl-mtl-lora train "
+                           f"{out / 'config.yaml'} --resume")
+                if stop == signal.SIGTERM:
+                    log.warning(message)
+                    raise SystemExit(0)
+                raise UserError(message)
 
 
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is noted instead of raised, so that a step is done whole; a second one breaks off at once."""
-    noted = []
+def _signals() -> Iterator[Callable[[], int | None]]:
+    """Ctrl-C and SIGTERM are noted instead of obeyed, so that a step is done whole; a second Ctrl-C breaks off at once.
 
-    def note(*_):
-        if noted:
+    Yields what tells the signal noted, None before.
+    """
+    noted: list[int] = []
+
+    def note(number, _):
+        if noted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        noted.append(True)
+        noted.append(number)
 
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, note) if in_main_thread else None
+    kinds = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    before = {kind: signal.signal(kind, note) for kind in kinds}
     try:
-        yield lambda: bool(noted)
+        yield lambda: noted[0] if noted else None
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
-def build_stream(config: RunConfig, model: MultiTaskModel, indices: Mapping[str, TaskIndex]) -> BatchStream:
-    """The mixed training stream of a run over the samples of its tasks.
+def build_stream(config: RunConfig, model: MultiTaskModel, indices: Mapping[str, TaskIndex], start: int = 0,
+                 used: Sequence[int] | None = None) -> BatchStream:
+    """The mixed training stream of a run over the samples of its tasks. start, used: see `BatchStream`.
 
     It holds copies of the tasks, since loader processes cannot take over parameters that lie on a GPU.
 
@@ -209,7 +234,7 @@ def build_stream(config: RunConfig, model: MultiTaskModel, indices: Mapping[str,
                              config.batch_rows, {name: section.least_rows for name, section in config.tasks.items()},
                              temperature=mixing.temperature, cap=mixing.cap, weights=mixing.weights)
     return BatchStream(feeds, [rows[name] for name in indices], collate_images=model.backbone.collate_images,
-                       seed=config.train.seed, window=config.data.shuffle)
+                       seed=config.train.seed, window=config.data.shuffle, world=world(), start=start, used=used)
 
 
 def build_optimizer(model: MultiTaskModel, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -227,38 +252,6 @@ def learning_rate_factor(step: int, warmup: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-
-def _trainable(model: MultiTaskModel) -> dict[str, Tensor]:
-    return {**model.adapter_state(), **model.head_state()}
-
-
-def _resume_state(model: MultiTaskModel, optimizer) -> dict[str, Tensor]:
-    """Adam's moments under the parameters' logical names, and the random generators."""
-    moments = optimizer.state  # by parameter
-    state = {"random.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["random.cuda"] = torch.cuda.get_rng_state()
-    for name, parameter in _trainable(model).items():
-        for key, value in moments.get(parameter, {}).items():
-            state[f"adam.{key}.{name}"] = torch.as_tensor(value)
-    return state
-
-
-def _restore(state: dict[str, Tensor], model: MultiTaskModel, optimizer, schedule, step: int) -> None:
-    for name, parameter in _trainable(model).items():
-        moments = {key: state[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                   if f"adam.{key}.{name}" in state}
-        if moments:
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()}
-    schedule.last_epoch = step
-    for group, base in zip(optimizer.param_groups, schedule.base_lrs):
-        group["lr"] = base * schedule.lr_lambdas[0](step)
-    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
-    torch.set_rng_state(state["random.torch"])
-    if "random.cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random.cuda"])
 
 
 def _best_so_far(out: Path) -> float:
