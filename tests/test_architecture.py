@@ -18,7 +18,8 @@ ORDER = ["errors", "ranks", "sections", "config", "routing", "metrics.bootstrap"
          "backbones.hf_text", "backbones.hf_dual", "backbones.hf_chat_text", "backbones.hf_chat", "backbones.hf",
          "backbones", "targets", "lora", "tasks.base", "tasks.retrieval", "tasks.vqa", "tasks.captioning",
          "tasks.classification", "tasks.multiple_choice", "tasks.matching", "tasks",
-         "model", "memory", "inspection", "checkpoint", "resume", "export", "anatomy", "embeddings", "evaluate",
+         "model", "memory", "inspection", "checkpoint", "resume", "export", "safe_files", "sources", "importing",
+         "anatomy", "embeddings", "evaluate",
          "journal", "trainer", "bench_loader", "bench_arms", "bench", "results", "evaluation", "bench_retrieval",
          "forgetting", "gallery", "drawings", "report", "compare", "side_by_side", "quickstart", "", "cli_data",
          "cli", "__main__"]

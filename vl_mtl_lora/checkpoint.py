@@ -27,7 +27,7 @@ FORMAT = "vl_mtl_lora/1"
 
 def save_checkpoint(folder: str | Path, model: MultiTaskModel, config: RunConfig, *, step: int,
                     results: Mapping | None = None, resume: Mapping[str, Tensor] | None = None,
-                    keep: int = 0) -> None:
+                    keep: int = 0, origin: str | None = None) -> None:
     """Writes a checkpoint folder, replacing an earlier one of that name. Of several processes all must call it, and
     the first one writes.
 
@@ -36,6 +36,7 @@ def save_checkpoint(folder: str | Path, model: MultiTaskModel, config: RunConfig
         results: metrics for results.json and the model card.
         resume: tensors of the optimizer and the random generators; see `resume`.
         keep: how many earlier checkpoints of that name stay, as step-N/ beside it.
+        origin: where adapters come from that were not trained here.
 
     Raises:
         UserError: it cannot be written, for want of space or of permission; an earlier one is as it was.
@@ -45,7 +46,7 @@ def save_checkpoint(folder: str | Path, model: MultiTaskModel, config: RunConfig
     problem = None
     if rank() == 0:
         try:
-            _write_checkpoint(Path(folder), model, config, step, adapters, heads, results or {}, resume, keep)
+            _write_checkpoint(Path(folder), model, config, step, adapters, heads, results or {}, resume, keep, origin)
         except OSError as error:
             problem = f"cannot write the checkpoint {folder}: {error}; make room there and go on with --resume"
     if problem := everyone(problem)[0]:
@@ -54,7 +55,7 @@ def save_checkpoint(folder: str | Path, model: MultiTaskModel, config: RunConfig
 
 def _write_checkpoint(folder: Path, model: MultiTaskModel, config: RunConfig, step: int, adapters: Mapping[str, Tensor],
                       heads: Mapping[str, Tensor], results: Mapping, resume: Mapping[str, Tensor] | None,
-                      keep: int) -> None:
+                      keep: int, origin: str | None) -> None:
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -64,11 +65,13 @@ def _write_checkpoint(folder: Path, model: MultiTaskModel, config: RunConfig, st
         "tasks": list(model.router.task_names), "base": model.fingerprint, "config": config.model_dump(),
         "modules": summary.modules, "trainable_parameters": summary.parameters,
     }
+    if origin is not None:
+        description["origin"] = origin
     _write(temporary / "adapter_config.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     _save(adapters, temporary / "adapter_model.safetensors")
     _save(heads, temporary / "heads.safetensors")
     _write(temporary / "results.json", json.dumps(dict(results), indent=2) + "\n")
-    _write(temporary / "README.md", model_card(config, model, step, results))
+    _write(temporary / "README.md", model_card(config, model, step, results, origin))
     if resume is not None:
         _save(resume, temporary / "resume.safetensors")
     _sync(temporary)
@@ -165,13 +168,14 @@ def find_checkpoint(folder: str | Path) -> Path:
     raise UserError(f"no checkpoint in {folder}: expected a run's folder with best/ or last/, or one of those")
 
 
-def model_card(config: RunConfig, model: MultiTaskModel, step: int, results: Mapping) -> str:
+def model_card(config: RunConfig, model: MultiTaskModel, step: int, results: Mapping,
+               origin: str | None = None) -> str:
     """README.md of a checkpoint: what it is, what it was trained on, what it scored."""
     base = config.backbone
     lines = ["# MTL-LoRA adapters", "",
              f"Adapters ([MTL-LoRA](https://arxiv.org/abs/2410.09437)) for `{base.name}`"
              + (f" (`{base.pretrained}`)" if base.pretrained else "") + f" from {base.library}, "
-             f"trained for {step} steps on the tasks {', '.join(model.router.task_names)}.", "",
+             f"{origin or f'trained for {step} steps'}; tasks: {', '.join(model.router.task_names)}.", "",
              f"Trainable parameters: {model.summary.total:,} "
              f"({', '.join(f'{tower} {count:,}' for tower, count in model.summary.parameters.items())}); "
              f"rank {config.adapter.rank}, alpha {config.adapter.alpha:g}, {config.adapter.num_up} up-projections, "

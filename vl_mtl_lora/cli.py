@@ -134,6 +134,19 @@ def export(run: Run, task: Annotated[str, typer.Option(help="the task to fold in
     print(f"merged weights: {out}")
 
 
+@app.command("import")
+def import_(source: Annotated[Path, typer.Argument(metavar="FILE | FOLDER", help=(
+                "a PEFT LoRA, adapters of the adapters library, or a checkpoint of the paper's code"))],
+            config: Config, overrides: Overrides = None):
+    """Makes adapters that others trained into a checkpoint, to evaluate, export or train on."""
+    from vl_mtl_lora.config import load_config
+    from vl_mtl_lora.importing import import_adapters
+
+    run = load_config(config, overrides or [])
+    print("\n".join(import_adapters(source, run)))
+    print(f"checkpoint: {Path(run.out) / 'last'}; next: vl-mtl-lora evaluate {run.out}, or train CONFIG --resume")
+
+
 @app.command()
 def inspect(config: Config, overrides: Overrides = None):
     """Shows what a config adapts, and fails where an adapter would never learn. Needs no weights and no shards."""

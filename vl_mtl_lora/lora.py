@@ -213,7 +213,7 @@ class AdapterSummary:
     """What `inject` did.
 
     modules, parameters: per tower, the layers adapted and their trainable parameters. layers, places: by logical name.
-    left_out: name of a layer that is no place -> why.
+    available: every place of the backbone, adapted or not. left_out: name of a layer that is no place -> why.
     """
 
     config: AdapterConfig = field(default_factory=AdapterConfig)
@@ -221,6 +221,7 @@ class AdapterSummary:
     parameters: dict[str, int] = field(default_factory=dict)
     layers: dict[str, MTLLoRALinear] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
+    available: list[Place] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -265,7 +266,7 @@ def inject(backbone: Backbone, config: AdapterConfig, router: TaskRouter,
     router.towers = frozenset(backbone.towers)
     zero = dict.fromkeys(backbone.towers, 0)
     summary = AdapterSummary(config=config, modules=dict(zero), parameters=dict(zero),
-                             left_out=dict(backbone.left_out))
+                             available=places, left_out=dict(backbone.left_out))
     for place, chosen in zip(places, slices):
         if not chosen:
             continue

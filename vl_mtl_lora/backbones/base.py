@@ -244,6 +244,12 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def layer_names(self, place: Place) -> dict[str, int | None]:
+        """What a place's layer is called in this model, and in others that have the same one -> which of its output
+        slices it is there, None for the whole layer."""
+        path = next((name for name, module in self.model.named_modules() if module is place.parent), None)
+        return {} if path is None else {f"{path}.{place.attribute}".lstrip("."): None}
+
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, each of which gradient checkpointing may run again in the backward pass."""
         raise NotImplementedError

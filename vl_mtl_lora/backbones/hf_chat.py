@@ -280,6 +280,16 @@ class HFChat(Backbone):
             found.append(Place("image", -1, role, base.get_submodule(parent), attribute, rows="image.merged"))
         return found
 
+    def layer_names(self, place):
+        """Also as in transformers before 5 and before 4.52, and in the language model alone."""
+        (name, whole), = super().layer_names(place).items()
+        language = next(path for path, module in self.model.named_modules() if module is self.model.get_decoder())
+        names = [name, name.replace("vision_tower.", "vision_tower.vision_model.")]
+        names += [name.removeprefix("model.") for name in names]
+        if name.startswith(f"{language}."):
+            names += [f"{stem}{name.removeprefix(language)}" for stem in ("model", "language_model.model")]
+        return dict.fromkeys(names, whole)
+
     def blocks(self):
         _, vision, language = self._parts()
         return [*outermost_stack(vision), *outermost_stack(language)]

@@ -127,6 +127,15 @@ class OpenClipDual(PrefixBackbone):
             found.append(Place("image", -1, "projector", self, "projector"))
         return found
 
+    def layer_names(self, place):
+        """Also as in transformers' CLIP or SigLIP of the same weights."""
+        stem = {"image": "vision_model", "text": "text_model"}[place.tower] + f".encoder.layers.{place.block}"
+        theirs = {"attn.out": "self_attn.out_proj", "mlp.in": "mlp.fc1", "mlp.out": "mlp.fc2"}
+        names = {f"{stem}.{theirs[place.role]}": None} if place.block >= 0 and place.role in theirs else {}
+        if place.block >= 0 and place.role == "attn.qkv" and place.splits == 3:
+            names = {f"{stem}.self_attn.{part}_proj": index for index, part in enumerate("qkv")}
+        return super().layer_names(place) | names
+
     def _text_blocks(self) -> list[nn.Module]:
         if "generate" in self.capabilities:
             return list(self._text_tower.transformer.resblocks)
