@@ -77,8 +77,8 @@ def fill(model: MultiTaskModel, source: Source) -> list[str]:
              if not (target and _slices(target)) and not source.layers[name].up.any()]
     found = {name: target for name, target in found.items() if name not in empty}
     if unknown := [name for name, target in found.items() if target is None]:
-        raise UserError(f"the backbone has no adaptable layer {some(unknown)} ({len(unknown)} in all); it has "
-                        f"{some(list(known))}", near=(unknown[0], known))
+        raise UserError(f"the backbone has no adaptable layer {some(unknown)} ({len(unknown)} in all)",
+                        near=(unknown[0], known))
     if left := [name for name, target in found.items() if not _slices(target)]:
         roles = sorted({_role(target) for target in found.values()})
         raise UserError(f"adapter.targets leaves out {some(left)} ({len(left)} in all); write "
