@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import tiny_samples
+from tests.test_importing import clip_lora
 from vl_mtl_lora.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +21,7 @@ README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else 
 SMALL = {
     "quickstart": ["train.steps=2", "train.eval_samples=10"],
     "bench": ["tasks.retrieval.rows=2", "tasks.vqa.rows=1", "tasks.captioning.rows=1", "--rounds=1", "--no-growth"],
+    "import": ["backbone.name=micro-clip", "backbone.pretrained=null"],
     "train": ["backbone.name=micro-clip", "backbone.pretrained=null", "train.steps=2", "data.workers=0",
               "train.precision=float32", "tasks.retrieval.rows=4", "tasks.vqa.rows=4", "tasks.captioning.rows=4"],
 }
@@ -59,6 +61,7 @@ def workplace(tmp_path_factory, monkeypatch_module):
         lines.append(json.dumps({**sample, "image": f"{i}.png"}) + "\n")
     for name in ("train.jsonl", "test.jsonl"):
         (folder / name).write_text("".join(lines))
+    clip_lora(folder / "lora", {"vision_model.encoder.layers.0.self_attn.q_proj": (128, 128)})
     few_examples(monkeypatch_module)
     Image.new("RGB", (64, 64), "red").save(folder / "photo.png")
     return folder
