@@ -19,8 +19,11 @@ from torch import Tensor
 
 from vl_mtl_lora.config import RunConfig, parse_config
 from vl_mtl_lora.errors import UserError
+from vl_mtl_lora.hub import download, downloaded, hub_address
 from vl_mtl_lora.model import MultiTaskModel, build_model
+from vl_mtl_lora.model_card import data_sources, model_card
 from vl_mtl_lora.ranks import everyone, rank, whole
+from vl_mtl_lora.sections import DataSection
 
 FORMAT = "vl_mtl_lora/1"
 
@@ -63,7 +66,7 @@ def _write_checkpoint(folder: Path, model: MultiTaskModel, config: RunConfig, st
     description = {
         "format": FORMAT, "method": "MTL-LoRA (arXiv 2410.09437)", "step": step,
         "tasks": list(model.router.task_names), "base": model.fingerprint, "config": config.model_dump(),
-        "modules": summary.modules, "trainable_parameters": summary.parameters,
+        "modules": summary.modules, "trainable_parameters": summary.parameters, "data": data_sources(config),
     }
     if origin is not None:
         description["origin"] = origin
@@ -71,7 +74,7 @@ def _write_checkpoint(folder: Path, model: MultiTaskModel, config: RunConfig, st
     _save(adapters, temporary / "adapter_model.safetensors")
     _save(heads, temporary / "heads.safetensors")
     _write(temporary / "results.json", json.dumps(dict(results), indent=2) + "\n")
-    _write(temporary / "README.md", model_card(config, model, step, results, origin))
+    _write(temporary / "README.md", model_card(description, results))
     if resume is not None:
         _save(resume, temporary / "resume.safetensors")
     _sync(temporary)
@@ -148,11 +151,15 @@ def load_checkpoint(folder: str | Path, model: MultiTaskModel) -> dict:
 def load_run(folder: str | Path, device: str | torch.device | None = None) -> tuple[MultiTaskModel, RunConfig]:
     """Builds the model that a checkpoint was saved from, and loads it, ready for evaluation.
 
-    folder: a checkpoint, or a run, of which the best checkpoint is taken, else the last.
+    folder: a checkpoint, or a run, of which the best checkpoint is taken, else the last; or "hf://USER/NAME", with
+        "@REVISION" for a branch, tag or commit, of the hub.
     device: where to put the model; None: a GPU where there is one.
     """
     folder = find_checkpoint(folder)
     config = parse_config(read_description(folder)["config"], where=lambda loc: f"{folder}/adapter_config.json")
+    if downloaded(folder):  # a stranger's config names neither commands to run nor a folder to write into
+        config = config.model_copy(update={"data": config.data.model_copy(
+            update={"allow_pipe": False, "cache": DataSection().cache})})
     model = build_model(config)
     load_checkpoint(folder, model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -160,7 +167,10 @@ def load_run(folder: str | Path, device: str | torch.device | None = None) -> tu
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint folder that a run or checkpoint folder stands for. Raises UserError where there is none."""
+    """The checkpoint folder that a run, a checkpoint folder or an address on the hub stands for; what lies on the hub
+    is downloaded. Raises UserError where there is none."""
+    if address := hub_address(folder):
+        return download(address)
     folder = Path(folder)
     for candidate in (folder, folder / "best", folder / "last"):
         if (candidate / "adapter_config.json").is_file():
@@ -168,26 +178,6 @@ def find_checkpoint(folder: str | Path) -> Path:
     raise UserError(f"no checkpoint in {folder}: expected a run's folder with best/ or last/, or one of those")
 
 
-def model_card(config: RunConfig, model: MultiTaskModel, step: int, results: Mapping,
-               origin: str | None = None) -> str:
-    """README.md of a checkpoint: what it is, what it was trained on, what it scored."""
-    base = config.backbone
-    lines = ["# MTL-LoRA adapters", "",
-             f"Adapters ([MTL-LoRA](https://arxiv.org/abs/2410.09437)) for `{base.name}`"
-             + (f" (`{base.pretrained}`)" if base.pretrained else "") + f" from {base.library}, "
-             f"{origin or f'trained for {step} steps'}; tasks: {', '.join(model.router.task_names)}.", "",
-             f"Trainable parameters: {model.summary.total:,} "
-             f"({', '.join(f'{tower} {count:,}' for tower, count in model.summary.parameters.items())}); "
-             f"rank {config.adapter.rank}, alpha {config.adapter.alpha:g}, {config.adapter.num_up} up-projections, "
-             f"temperature {config.adapter.temperature:g}.", ""]
-    metrics = results.get("tasks", {})
-    if metrics:
-        lines += ["| task | metric | value |", "|---|---|---|"]
-        lines += [f"| {task} | {name} | {value:.2f} |" for task, values in metrics.items()
-                  for name, value in values.items()]
-        lines += ["", f"Measured on {results.get('split', 'the valid split')}.", ""]
-    lines += ["```python", "from vl_mtl_lora import load_run", 'model, config = load_run("THIS_FOLDER")', "```", ""]
-    return "\n".join(lines)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -16,7 +16,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.add_typer(cli_data.app, name="data")
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run or of a checkpoint")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="folder of a run or of a checkpoint, or hf://USER/NAME")]
 Overrides = Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]...", help="config values to replace, e.g. "
                                                 "train.steps=1000")]
 Split = Annotated[str, typer.Option(help="which shards of the config: test or valid")]
@@ -92,44 +92,47 @@ def evaluate(target: Annotated[list[str], typer.Argument(metavar="RUN | CONFIG [
 
 
 @app.command()
-def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs or checkpoints")],
+def compare(runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders of runs or checkpoints, or "
+                                                      "hf://USER/NAME")],
             split: Split = "test", limit: Limit = None, embeddings: Embeddings = None,
-            out: Annotated[Path, typer.Option(help="of several runs: folder of the comparison")] = Path("comparison"),
+            out: Annotated[Path, typer.Option(help="of several runs, or of one on the hub: folder of the "
+                                              "comparison")] = Path("comparison"),
             again: Annotated[bool, typer.Option("--again", help="of several runs: evaluate those too that have "
                                                 "results.json")] = False):
     """Evaluates a run zero-shot and adapted, with a report; several runs also side by side."""
-    from vl_mtl_lora.checkpoint import find_checkpoint
     from vl_mtl_lora.compare import compare as both
-    from vl_mtl_lora.compare import known_results
+    from vl_mtl_lora.compare import known_results, report_folder
     from vl_mtl_lora.report import text_table
     from vl_mtl_lora.side_by_side import side_by_side
     from vl_mtl_lora.side_by_side import text_table as table_of_runs
 
     _check_split(split)
     if len(runs) == 1:
-        print(text_table(both(runs[0], split, limit, embeddings=embeddings)))
-        print(f"\nreport: {find_checkpoint(runs[0]).parent / 'report.html'}")
+        print(text_table(both(runs[0], split, limit, embeddings=embeddings, out=out)))
+        print(f"\nreport: {report_folder(runs[0], out) / 'report.html'}")
         return
-    if len(set(runs)) < len(runs):
+    if len(set(map(Path, runs))) < len(runs):
         raise UserError("a run is named twice")
     results = {}
     for run in runs:
-        known = None if again else known_results(run, split, limit)
-        results[str(run)] = known or both(run, split, limit, embeddings=embeddings)
+        known = None if again else known_results(run, split, limit, out)
+        results[run] = known or both(run, split, limit, embeddings=embeddings, out=out)
     print(table_of_runs(side_by_side(results, out)))
     print(f"\nreport: {out / 'comparison.html'}")
 
 
 @app.command()
 def export(run: Run, task: Annotated[str, typer.Option(help="the task to fold into the base")],
-           out: Annotated[Path | None, typer.Option(help="file, else RUN/merged-TASK.safetensors")] = None,
+           out: Annotated[Path | None, typer.Option(help="file, else RUN/merged-TASK.safetensors; of a run on the hub "
+                                                     "./merged-TASK.safetensors")] = None,
            format: Annotated[str, typer.Option(help="merged")] = "merged"):
     """Writes the base with one task's adapters folded in, under the library's own names."""
     from vl_mtl_lora.export import export_merged
+    from vl_mtl_lora.hub import hub_address
 
     if format != "merged":
         raise UserError(f"--format {format} is not possible; weights are written merged")
-    out = out or run / f"merged-{task}.safetensors"
+    out = out or Path("." if hub_address(run) else run) / f"merged-{task}.safetensors"
     export_merged(run, task, out)
     print(f"merged weights: {out}")
 
@@ -145,6 +148,21 @@ def import_(source: Annotated[Path, typer.Argument(metavar="FILE | FOLDER", help
     run = load_config(config, overrides or [])
     print("\n".join(import_adapters(source, run)))
     print(f"checkpoint: {Path(run.out) / 'last'}; next: vl-mtl-lora evaluate {run.out}, or train CONFIG --resume")
+
+
+@app.command()
+def push(run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run or of a checkpoint")],
+         repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="repository on the hub, made if needed")],
+         private: Annotated[bool, typer.Option("--private", help="seen by nobody else")] = False,
+         message: Annotated[str | None, typer.Option(help="of the commit")] = None,
+         revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="else main")] = None,
+         license: Annotated[str | None, typer.Option(help="of the adapters, by the hub's name for it: mit, cc-by-4.0")
+                            ] = None):
+    """Uploads a checkpoint with its model card, in one commit."""
+    from vl_mtl_lora.push import push as upload
+
+    url = upload(run, repo, private=private, message=message, revision=revision, licence=license)
+    print(f"pushed: {url}")
 
 
 @app.command()

@@ -10,43 +10,58 @@ from vl_mtl_lora.anatomy import anatomy
 from vl_mtl_lora.checkpoint import find_checkpoint, load_run, read_description
 from vl_mtl_lora.data.faults import FaultLog
 from vl_mtl_lora.data.index import build_indices
-from vl_mtl_lora.embeddings import EmbeddingStore
+from vl_mtl_lora.embeddings import EmbeddingStore, made_folder
 from vl_mtl_lora.evaluate import Evaluation, evaluate_task, evaluation_indices
 from vl_mtl_lora.forgetting import check_base, forgetting
 from vl_mtl_lora.gallery import confusion, pick_examples
+from vl_mtl_lora.hub import hub_address
 from vl_mtl_lora.journal import read_log
 from vl_mtl_lora.report import write_report
 from vl_mtl_lora.results import paired_results, provenance
 
 
-def known_results(run: str | Path, split: str, limit: int | None) -> dict | None:
-    """The results.json of an earlier `compare` of the same checkpoint; None where that is not what is asked for."""
-    checkpoint = find_checkpoint(run)
+def results_of(checkpoint: Path, folder: Path) -> dict | None:
+    """The results.json that an earlier `compare` of this checkpoint left in a folder; None where there is none."""
     try:
-        results = json.loads((checkpoint.parent / "results.json").read_text("utf-8"))
+        results = json.loads((folder / "results.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    same = (results.get("split") == split and results.get("limit") == limit
-            and results.get("run", {}).get("checkpoint") == checkpoint.name
+    same = (results.get("run", {}).get("checkpoint") == checkpoint.name
             and results["run"].get("steps") == read_description(checkpoint)["step"])
     return results if same else None
 
 
+def known_results(run: str | Path, split: str, limit: int | None, out: str | Path = "comparison") -> dict | None:
+    """The results of an earlier `compare` of the same checkpoint; None where that is not what is asked for."""
+    results = results_of(find_checkpoint(run), report_folder(run, out))
+    return results if results and (results.get("split"), results.get("limit")) == (split, limit) else None
+
+
+def report_folder(run: str | Path, out: str | Path = "comparison") -> Path:
+    """Where `compare` writes: beside a checkpoint on disk (it has a results.json of its own); of a run on the hub into
+    OUT/USER--NAME. Raises UserError where there is no run."""
+    if address := hub_address(run):
+        return Path(out) / str(address).removeprefix("hf://").replace("/", "--")
+    return find_checkpoint(run).parent
+
+
 def compare(run: str | Path, split: str = "test", limit: int | None = None,
-            seconds: Mapping[str, float] | None = None, embeddings: str | Path | None = None) -> dict:
-    """Evaluates a run's tasks zero-shot and adapted, writes results.json, report.md and report.html into its folder.
+            seconds: Mapping[str, float] | None = None, embeddings: str | Path | None = None,
+            out: str | Path = "comparison") -> dict:
+    """Evaluates a run's tasks zero-shot and adapted, writes results.json, report.md and report.html.
 
     Args:
-        run: a run's folder, or a checkpoint in one.
+        run: a run's folder, or a checkpoint in one; or hf://USER/NAME.
         limit: the most samples of each task.
         seconds: stages timed before, for the report.
         embeddings: folder where embeddings of retrieval tasks are kept for the next time.
+        out: of a run on the hub: the folder in which that of its report is made; see `report_folder`.
 
     Returns:
         The content of results.json.
     """
     checkpoint = find_checkpoint(run)
-    folder = checkpoint.parent  # a checkpoint has a results.json of its own
+    folder = made_folder(report_folder(run, out))
     seconds = dict(seconds or {})
 
     @contextmanager
