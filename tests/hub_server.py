@@ -104,7 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(403, {"error": "You don't have the rights to create a model under this namespace"})
         repo = f"{asked['organization']}/{asked['name']}"
         status = 409 if repo in self.server.repos else 200
-        self.server.repos.setdefault(repo, {"private": asked.get("visibility") == "private" or asked.get("private", False),
+        private = asked.get("visibility") == "private" or asked.get("private", False)
+        self.server.repos.setdefault(repo, {"private": private,
                                             "branches": {"main": [_commit({}, "initial commit")]}})
         self._send(status, {"url": f"{self.server.url}/{repo}"})
 
@@ -161,8 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tree(self, body, repo, revision):
         if commit := self._found(repo, revision):
-            self._send(200, [{"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                             for name, content in commit["files"].items()])
+            self._send(200, [{"type": "file", "path": name, "size": len(content),
+                              "oid": hashlib.sha1(content).hexdigest()} for name, content in commit["files"].items()])
 
     def _resolve(self, body, repo, revision, name):
         if commit := self._found(repo, revision):

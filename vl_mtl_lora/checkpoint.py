@@ -115,7 +115,10 @@ def read_description(folder: str | Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no checkpoint: cannot read {path.name}: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise UserError(f"{path}: expected format {FORMAT!r}, got {dict(description).get('format')!r}")
+        got = description.get("format") if isinstance(description, dict) else description
+        raise UserError(f"{path}: expected format {FORMAT!r}, got {got!r:.50}")
+    if missing := {"tasks", "base", "config", "step"} - description.keys():
+        raise UserError(f"{path}: {', '.join(sorted(missing))} missing")
     return description
 
 

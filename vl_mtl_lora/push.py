@@ -39,10 +39,14 @@ def push(run: str | Path, repo: str, *, private: bool = False, message: str | No
         if not path.is_file() or path.resolve().parent != folder.resolve():
             raise UserError(f"{path} is missing, or a link that leads elsewhere: expected a file of the checkpoint")
     description = read_description(folder)
-    results = results_of(folder, folder.parent) or json.loads((folder / "results.json").read_text("utf-8"))
+    try:
+        results = results_of(folder, folder.parent) or json.loads((folder / "results.json").read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / 'results.json'} is damaged: {error}") from error
     description["config"] = _portable(description["config"])
     if "config" in results:
         results["config"] = description["config"]
+        results["faults"] = [{**fault, "shard": _short(fault["shard"])} for fault in results["faults"]]
     files |= {"adapter_config.json": _json(description), "results.json": _json(results),
               "README.md": model_card(description, results, repo, licence).encode()}
     return upload(address, files, private=private,
