@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard, constants, metadata_load
 from tests.conftest import tiny_samples
 from tests.hub_server import TOKEN, hub
 from vl_mtl_lora import UserError, build_model, load_run, write_shards
-from vl_mtl_lora.checkpoint import read_description, save_checkpoint
+from vl_mtl_lora.checkpoint import save_checkpoint
+from vl_mtl_lora.checkpoint_files import read_description
 from vl_mtl_lora.hub import FILES, downloaded, hub_address
 from vl_mtl_lora.model import example_batch
 from vl_mtl_lora.model_card import base_on_hub, data_sources, model_card
@@ -102,7 +103,7 @@ def test_no_other_file_is_downloaded(server, trained, tmp_path):
 
 def test_no_path_of_this_machine_is_uploaded_but_that_of_the_base(server, trained, tiny_shards, tiny_folder, tmp_path):
     _, run = trained
-    results = {**BOTH, "config": read_description(Path(run) / "last")["config"],
+    results = {**BOTH, "config": read_description(Path(run) / "last")["config"].model_dump(),
                "faults": [{"shard": str(tiny_shards / "mixed-000000.tar"), "key": "1", "reason": "broken"}]}
     (Path(run) / "results.json").write_text(json.dumps(results))
     push(run, "me/a")

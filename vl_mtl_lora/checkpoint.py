@@ -13,19 +13,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from vl_mtl_lora.config import RunConfig, parse_config
+from vl_mtl_lora.checkpoint_files import FORMAT, check_sizes, find_checkpoint, read_description, read_tensors
+from vl_mtl_lora.config import RunConfig
 from vl_mtl_lora.errors import UserError
-from vl_mtl_lora.hub import download, downloaded, hub_address
+from vl_mtl_lora.hub import downloaded
+from vl_mtl_lora.lora import AdapterSummary
 from vl_mtl_lora.model import MultiTaskModel, build_model
 from vl_mtl_lora.model_card import data_sources, model_card
 from vl_mtl_lora.ranks import everyone, rank, whole
 from vl_mtl_lora.sections import DataSection
-
-FORMAT = "vl_mtl_lora/1"
 
 
 def save_checkpoint(folder: str | Path, model: MultiTaskModel, config: RunConfig, *, step: int,
@@ -49,23 +48,26 @@ def save_checkpoint(folder: str | Path, model: MultiTaskModel, config: RunConfig
     problem = None
     if rank() == 0:
         try:
-            _write_checkpoint(Path(folder), model, config, step, adapters, heads, results or {}, resume, keep, origin)
+            write_checkpoint(folder, config, model.summary, step=step, base=model.fingerprint, adapters=adapters,
+                             heads=heads, results=results, resume=resume, keep=keep, origin=origin)
         except OSError as error:
             problem = f"cannot write the checkpoint {folder}: {error}; make room there and go on with --resume"
     if problem := everyone(problem)[0]:
         raise UserError(problem)
 
 
-def _write_checkpoint(folder: Path, model: MultiTaskModel, config: RunConfig, step: int, adapters: Mapping[str, Tensor],
-                      heads: Mapping[str, Tensor], results: Mapping, resume: Mapping[str, Tensor] | None,
-                      keep: int, origin: str | None) -> None:
+def write_checkpoint(folder: str | Path, config: RunConfig, summary: AdapterSummary, *, step: int, base: str,
+                     adapters: Mapping[str, Tensor], heads: Mapping[str, Tensor], results: Mapping | None = None,
+                     resume: Mapping[str, Tensor] | None = None, keep: int = 0, origin: str | None = None) -> None:
+    """As `save_checkpoint`, of a model's parts, from one process. base: the fingerprint of what the adapters were
+    trained on. Raises OSError."""
+    folder = Path(folder)
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    summary = model.summary
     description = {
         "format": FORMAT, "method": "MTL-LoRA (arXiv 2410.09437)", "step": step,
-        "tasks": list(model.router.task_names), "base": model.fingerprint, "config": config.model_dump(),
+        "tasks": list(config.tasks), "base": base, "config": config.model_dump(),
         "modules": summary.modules, "trainable_parameters": summary.parameters, "data": data_sources(config),
     }
     if origin is not None:
@@ -73,8 +75,8 @@ def _write_checkpoint(folder: Path, model: MultiTaskModel, config: RunConfig, st
     _write(temporary / "adapter_config.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     _save(adapters, temporary / "adapter_model.safetensors")
     _save(heads, temporary / "heads.safetensors")
-    _write(temporary / "results.json", json.dumps(dict(results), indent=2) + "\n")
-    _write(temporary / "README.md", model_card(description, results))
+    _write(temporary / "results.json", json.dumps(dict(results or {}), indent=2) + "\n")
+    _write(temporary / "README.md", model_card(description, results or {}))
     if resume is not None:
         _save(resume, temporary / "resume.safetensors")
     _sync(temporary)
@@ -107,21 +109,6 @@ def recover_checkpoint(folder: str | Path) -> None:
         old.rename(folder)
 
 
-def read_description(folder: str | Path) -> dict:
-    """The parsed adapter_config.json. Raises UserError where there is none of our format."""
-    path = Path(folder) / "adapter_config.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no checkpoint: cannot read {path.name}: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        got = description.get("format") if isinstance(description, dict) else description
-        raise UserError(f"{path}: expected format {FORMAT!r}, got {got!r:.50}")
-    if missing := {"tasks", "base", "config", "step"} - description.keys():
-        raise UserError(f"{path}: {', '.join(sorted(missing))} missing")
-    return description
-
-
 def load_checkpoint(folder: str | Path, model: MultiTaskModel) -> dict:
     """Loads adapters and heads into a model built alike; returns the description. Nothing is loaded by halves.
 
@@ -135,15 +122,11 @@ def load_checkpoint(folder: str | Path, model: MultiTaskModel) -> dict:
                         f"{list(model.router.task_names)}; ids would point at other tasks' parameters")
     if description["base"] != model.fingerprint:
         raise UserError(f"{folder}: the adapters were trained on another base "
-                        f"({description['config']['backbone']}); load that one")
-    saved, own = description["config"]["adapter"], asdict(model.summary.config)
-    for name in ("rank", "alpha", "num_up", "temperature", "transform"):
-        if saved[name] != own[name]:
-            raise UserError(f"{folder}: its adapters have {name} {saved[name]}, the model's {own[name]}; with another "
-                            "value they would compute something else")
+                        f"({description['config'].backbone.model_dump()}); load that one")
+    check_hyperparameters(folder, description["config"], model.summary)
     loaded = [(model.adapter_state(), folder / "adapter_model.safetensors"),
               (model.head_state(), folder / "heads.safetensors")]
-    checked = [(own, _load(own, path)) for own, path in loaded]
+    checked = [(own, read_tensors(path, own)) for own, path in loaded]
     with torch.no_grad():
         for own, tensors in checked:
             for name, tensor in tensors.items():
@@ -151,34 +134,36 @@ def load_checkpoint(folder: str | Path, model: MultiTaskModel) -> dict:
     return description
 
 
-def load_run(folder: str | Path, device: str | torch.device | None = None) -> tuple[MultiTaskModel, RunConfig]:
+def check_hyperparameters(folder: str | Path, saved: RunConfig, summary: AdapterSummary) -> None:
+    """Raises UserError where a checkpoint's adapters are to compute something else than they were trained to."""
+    own = asdict(summary.config)
+    for name in ("rank", "alpha", "num_up", "temperature", "transform"):
+        if (got := getattr(saved.adapter, name)) != own[name]:
+            raise UserError(f"{folder}: its adapters have {name} {got}, the model's {own[name]}; with another "
+                            "value they would compute something else")
+
+
+def load_run(folder: str | Path, device: str | torch.device | None = None,
+             allow_pipe: bool = False) -> tuple[MultiTaskModel, RunConfig]:
     """Builds the model that a checkpoint was saved from, and loads it, ready for evaluation.
 
     folder: a checkpoint, or a run, of which the best checkpoint is taken, else the last; or "hf://USER/NAME", with
         "@REVISION" for a branch, tag or commit, of the hub.
     device: where to put the model; None: a GPU where there is one.
+    allow_pipe: its `data.allow_pipe` holds. Else it is off in the config returned: a checkpoint may be anyone's, and so
+        may be the shell commands in it.
     """
     folder = find_checkpoint(folder)
-    config = parse_config(read_description(folder)["config"], where=lambda loc: f"{folder}/adapter_config.json")
-    if downloaded(folder):  # a stranger's config names neither commands to run nor a folder to write into
-        config = config.model_copy(update={"data": config.data.model_copy(
-            update={"allow_pipe": False, "cache": DataSection().cache})})
+    config = read_description(folder)["config"]
+    config = config.model_copy(update={"data": config.data.model_copy(update={
+        "allow_pipe": config.data.allow_pipe and allow_pipe,
+        # A stranger's config does not name a folder to write into either.
+        "cache": DataSection().cache if downloaded(folder) else config.data.cache})})
+    check_sizes(folder, config)
     model = build_model(config)
     load_checkpoint(folder, model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), config
-
-
-def find_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint folder that a run, a checkpoint folder or an address on the hub stands for; what lies on the hub
-    is downloaded. Raises UserError where there is none."""
-    if address := hub_address(folder):
-        return download(address)
-    folder = Path(folder)
-    for candidate in (folder, folder / "best", folder / "last"):
-        if (candidate / "adapter_config.json").is_file():
-            return candidate
-    raise UserError(f"no checkpoint in {folder}: expected a run's folder with best/ or last/, or one of those")
 
 
 
@@ -201,19 +186,3 @@ def _sync(path: Path) -> None:
     finally:
         os.close(descriptor)
 
-
-def _load(own: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if missing := sorted(own.keys() - tensors.keys()):
-        raise UserError(f"{path}: tensors are missing: {', '.join(missing[:5])} ({len(missing)} in all)")
-    if unknown := sorted(tensors.keys() - own.keys()):
-        raise UserError(f"{path}: unknown tensors: {', '.join(unknown[:5])} ({len(unknown)} in all)")
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds a value that is no number")
-    return tensors

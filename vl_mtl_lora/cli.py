@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from vl_mtl_lora import cli_data
+from vl_mtl_lora import cli_data, cli_tasks
 from vl_mtl_lora.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Adapts frozen vision-language models to many tasks at once with MTL-LoRA.")
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_tasks.app, name="tasks")
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="folder of a run or of a checkpoint, or hf://USER/NAME")]
@@ -22,6 +23,8 @@ Overrides = Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]...", help="
 Split = Annotated[str, typer.Option(help="which shards of the config: test or valid")]
 Embeddings = Annotated[Path | None, typer.Option(help="folder where the embeddings of retrieval tasks are kept for "
                                                  "the next time")]
+AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="run the shell commands that a run's config has as "
+                                         "shards")]
 Limit = Annotated[int | None, typer.Option(help="the most samples of each task", min=1)]
 
 
@@ -64,6 +67,7 @@ def evaluate(target: Annotated[list[str], typer.Argument(metavar="RUN | CONFIG [
              embeddings: Embeddings = None,
              trec: Annotated[Path | None, typer.Option(help="folder for TREC runs of retrieval tasks")] = None,
              out: Annotated[Path | None, typer.Option(help="JSON file of the result")] = None,
+             allow_pipe: AllowPipe = False,
              faiss_from: Annotated[int | None, typer.Option(help="of embeddings: from so many items on search by "
                                                             "faiss", min=1)] = None):
     """Prints the metrics of a run, of a base or merged model alone, or of two files of embeddings.
@@ -82,7 +86,7 @@ def evaluate(target: Annotated[list[str], typer.Argument(metavar="RUN | CONFIG [
         raise UserError("--faiss-from is for files of embeddings; a run has it in its config: tasks.NAME.faiss_from")
     else:
         results = evaluate_model(target[0], target[1:], split=split, limit=limit, zero_shot=zero_shot,
-                                 embeddings=embeddings, trec=trec)
+                                 embeddings=embeddings, trec=trec, allow_pipe=allow_pipe)
     print(arm_table(results) if sys.stdout.isatty() else arm_lines(results))
     for note in [note for values in results["tasks"].values() for note in values["notes"]]:
         print(note, file=sys.stderr)
@@ -94,7 +98,7 @@ def evaluate(target: Annotated[list[str], typer.Argument(metavar="RUN | CONFIG [
 @app.command()
 def compare(runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders of runs or checkpoints, or "
                                                       "hf://USER/NAME")],
-            split: Split = "test", limit: Limit = None, embeddings: Embeddings = None,
+            split: Split = "test", limit: Limit = None, embeddings: Embeddings = None, allow_pipe: AllowPipe = False,
             out: Annotated[Path, typer.Option(help="of several runs, or of one on the hub: folder of the "
                                               "comparison")] = Path("comparison"),
             again: Annotated[bool, typer.Option("--again", help="of several runs: evaluate those too that have "
@@ -108,7 +112,7 @@ def compare(runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="fo
 
     _check_split(split)
     if len(runs) == 1:
-        print(text_table(both(runs[0], split, limit, embeddings=embeddings, out=out)))
+        print(text_table(both(runs[0], split, limit, embeddings=embeddings, out=out, allow_pipe=allow_pipe)))
         print(f"\nreport: {report_folder(runs[0], out) / 'report.html'}")
         return
     if len(set(map(Path, runs))) < len(runs):
@@ -116,7 +120,7 @@ def compare(runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="fo
     results = {}
     for run in runs:
         known = None if again else known_results(run, split, limit, out)
-        results[run] = known or both(run, split, limit, embeddings=embeddings, out=out)
+        results[run] = known or both(run, split, limit, embeddings=embeddings, out=out, allow_pipe=allow_pipe)
     print(table_of_runs(side_by_side(results, out)))
     print(f"\nreport: {out / 'comparison.html'}")
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vl_mtl_lora.anatomy import anatomy
-from vl_mtl_lora.checkpoint import find_checkpoint, load_run, read_description
+from vl_mtl_lora.checkpoint import load_run
+from vl_mtl_lora.checkpoint_files import find_checkpoint, read_description
 from vl_mtl_lora.data.faults import FaultLog
 from vl_mtl_lora.data.index import build_indices
 from vl_mtl_lora.embeddings import EmbeddingStore, made_folder
@@ -24,9 +25,11 @@ def results_of(checkpoint: Path, folder: Path) -> dict | None:
     """The results.json that an earlier `compare` of this checkpoint left in a folder; None where there is none."""
     try:
         results = json.loads((folder / "results.json").read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    same = (results.get("run", {}).get("checkpoint") == checkpoint.name
+    if not isinstance(results, dict) or not isinstance(results.get("run"), dict):
+        return None
+    same = (results["run"].get("checkpoint") == checkpoint.name
             and results["run"].get("steps") == read_description(checkpoint)["step"])
     return results if same else None
 
@@ -47,7 +50,7 @@ def report_folder(run: str | Path, out: str | Path = "comparison") -> Path:
 
 def compare(run: str | Path, split: str = "test", limit: int | None = None,
             seconds: Mapping[str, float] | None = None, embeddings: str | Path | None = None,
-            out: str | Path = "comparison") -> dict:
+            out: str | Path = "comparison", allow_pipe: bool = False) -> dict:
     """Evaluates a run's tasks zero-shot and adapted, writes results.json, report.md and report.html.
 
     Args:
@@ -56,6 +59,7 @@ def compare(run: str | Path, split: str = "test", limit: int | None = None,
         seconds: stages timed before, for the report.
         embeddings: folder where embeddings of retrieval tasks are kept for the next time.
         out: of a run on the hub: the folder in which that of its report is made; see `report_folder`.
+        allow_pipe: see `load_run`.
 
     Returns:
         The content of results.json.
@@ -70,7 +74,7 @@ def compare(run: str | Path, split: str = "test", limit: int | None = None,
         yield
         seconds[stage] = time.perf_counter() - start
 
-    model, config = load_run(checkpoint)
+    model, config = load_run(checkpoint, allow_pipe=allow_pipe)
     arms: dict[str, dict[str, Evaluation]] = {}
     faults = FaultLog(config.data.max_fault_share)
     indices = evaluation_indices(config, split, faults)

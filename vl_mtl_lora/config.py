@@ -66,7 +66,9 @@ def parse_config(data: dict, where=lambda loc: "config", root: Path = Path("."))
     except ValidationError as error:
         mistakes = [_describe(mistake, where, data) for mistake in error.errors()]
         raise UserError("\n".join(dict.fromkeys(mistakes))) from error
-    return config.model_copy(update={key: {
+    start = config.start if config.start.run is None else config.start.model_copy(update={
+        "run": str((root / Path(config.start.run).expanduser()).resolve())})
+    return config.model_copy(update={"start": start} | {key: {
         name: task.model_copy(update=_shards(task, where, (key, name), root) | _lists(task, where, (key, name), root))
         for name, task in getattr(config, key).items()} for key in _TASKS})
 

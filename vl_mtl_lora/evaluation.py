@@ -20,7 +20,7 @@ from vl_mtl_lora.tasks.retrieval import Retrieval
 
 def evaluate_model(target: str | Path, overrides: Sequence[str] = (), *, split: str = "test", limit: int | None = None,
                    zero_shot: bool = False, embeddings: str | Path | None = None,
-                   trec: str | Path | None = None) -> dict:
+                   trec: str | Path | None = None, allow_pipe: bool = False) -> dict:
     """Evaluates the tasks of a run, or of a config's base alone.
 
     Args:
@@ -28,6 +28,7 @@ def evaluate_model(target: str | Path, overrides: Sequence[str] = (), *, split: 
             merged model: `backbone.pretrained=FILE` among the overrides.
         overrides: of a config's values.
         embeddings: folder where embeddings of retrieval tasks are kept for the next time.
+        allow_pipe: of a run; see `load_run`.
         trec: folder for the rankings of retrieval tasks; see `write_trec`.
 
     Returns:
@@ -44,7 +45,7 @@ def evaluate_model(target: str | Path, overrides: Sequence[str] = (), *, split: 
     else:
         if overrides:
             raise UserError(f"{target} is a run, which has its config; {overrides[0]!r} belongs to a config's file")
-        model, config = load_run(target)
+        model, config = load_run(target, allow_pipe=allow_pipe)
     if trec:
         made_folder(trec)  # before the work, not after it
     faults = FaultLog(config.data.max_fault_share)

@@ -36,7 +36,8 @@ def import_adapters(path: str | Path, config: RunConfig) -> list[str]:
     origin = f"imported from {Path(path).absolute().name}, trained with {source.kind}"
     try:
         # `train --resume` starts from there at step 0, with nothing in the optimizer yet.
-        save_checkpoint(out / "last", model, config, step=0, origin=origin, resume={})
+        save_checkpoint(out / "last", model, config, step=0, origin=origin,
+                        resume={"random.torch.0": torch.get_rng_state()})
     except OSError as error:
         raise UserError(f"out: cannot write {out}: {error}") from error
     return told

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from vl_mtl_lora.checkpoint import find_checkpoint, read_description
+from vl_mtl_lora.checkpoint_files import find_checkpoint, read_description
 from vl_mtl_lora.compare import results_of
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.hub import FILES, check_repo, hub_address, upload
@@ -43,7 +43,7 @@ def push(run: str | Path, repo: str, *, private: bool = False, message: str | No
         results = results_of(folder, folder.parent) or json.loads((folder / "results.json").read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{folder / 'results.json'} is damaged: {error}") from error
-    description["config"] = _portable(description["config"])
+    description["config"] = _portable(description["config"].model_dump())
     if "config" in results:
         results["config"] = description["config"]
         results["faults"] = [{**fault, "shard": _short(fault["shard"])} for fault in results["faults"]]

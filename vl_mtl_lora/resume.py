@@ -1,27 +1,16 @@
 """What a run needs to go on as if it had not stopped: Adam's moments, the random generators, and the samples used."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.model import MultiTaskModel
 from vl_mtl_lora.ranks import everyone, rank, spread_like
 from vl_mtl_lora.sections import RunConfig
-
-
-def load_resume(folder: str | Path) -> dict[str, Tensor]:
-    """The tensors that `resume_state` gave. Raises UserError where there are none."""
-    try:
-        return load_file(Path(folder) / "resume.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be resumed: {error}") from error
 
 
 def resume_state(model: MultiTaskModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -72,6 +61,7 @@ def check_resumable(saved: RunConfig, config: RunConfig) -> None:
     def settings(data: dict) -> dict:
         return {"train.seed": data["train"]["seed"], "train.accumulate": data["train"]["accumulate"],
                 "data.shuffle": data["data"]["shuffle"], "data.mixing": data["data"]["mixing"],
+                "start.train": data["start"]["train"], "start.rehearse": data["start"]["rehearse"],
                 **{f"tasks.{name}.{key}": task.get(key) for name, task in data["tasks"].items()
                    for key in ("kind", "tag", "rows", "images", "train", "format", "augment", "labels", "answers")}}
 

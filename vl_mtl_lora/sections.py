@@ -204,6 +204,20 @@ class TrainSection(_Strict):
     shard: bool = False  # with several processes, spread the weights over them (FSDP2) instead of copying them (DDP)
 
 
+class StartSection(_Strict):
+    """A trained adapter that the run starts from, in place of a fresh one; see `task_sets`."""
+
+    run: str | None = None  # folder of a run or of a checkpoint
+    train: list[str] = []  # tasks that are trained; default: those that it does not have, all if rehearse
+    rehearse: bool = False  # train what the tasks share too; else only what each of them has of its own
+
+    @model_validator(mode="after")
+    def _has_a_run(self):
+        if self.run is None and (self.train or self.rehearse):
+            raise ValueError("train and rehearse belong to a run to start from: set start.run")
+        return self
+
+
 class RunConfig(_Strict):
     """One experiment."""
 
@@ -214,6 +228,7 @@ class RunConfig(_Strict):
     held_out: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], TaskSection] = {}  # never trained on; `compare`
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
+    start: StartSection = StartSection()
 
     @property
     def batch_rows(self) -> int:
@@ -241,8 +256,9 @@ class RunConfig(_Strict):
 
     @model_validator(mode="after")
     def _weights_fit(self):
-        weights = self.data.mixing.weights
-        if weights and weights.keys() != self.tasks.keys():
+        weights, trained = self.data.mixing.weights, self.start.train or list(self.tasks)
+        unknown_yet = self.start.run and not self.start.train  # what the run to start from has
+        if weights and not unknown_yet and weights.keys() != set(trained):
             raise ValueError(f"data.mixing.weights names the tasks {', '.join(weights)}; expected each of "
-                             f"{', '.join(self.tasks)}")
+                             f"{', '.join(trained)}")
         return self

@@ -17,7 +17,8 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from vl_mtl_lora.checkpoint import load_checkpoint, recover_checkpoint, save_checkpoint
-from vl_mtl_lora.config import RunConfig, dump_config, parse_config
+from vl_mtl_lora.checkpoint_files import load_resume
+from vl_mtl_lora.config import RunConfig, dump_config
 from vl_mtl_lora.data.faults import FaultLog
 from vl_mtl_lora.data.index import TaskIndex, build_indices
 from vl_mtl_lora.data.mixing import expected_rows
@@ -28,14 +29,8 @@ from vl_mtl_lora.evaluate import evaluate_tasks, primary_score
 from vl_mtl_lora.journal import Journal, Meter
 from vl_mtl_lora.model import MultiTaskModel, build_model, checkpoint_blocks
 from vl_mtl_lora.ranks import everyone, launched, prepared, rank, wait, whole, whole_weights, world
-from vl_mtl_lora.resume import (
-    check_resumable,
-    load_resume,
-    restore_generators,
-    restore_optimizer,
-    resume_state,
-    seed_rank,
-)
+from vl_mtl_lora.resume import check_resumable, restore_generators, restore_optimizer, resume_state, seed_rank
+from vl_mtl_lora.task_sets import start_from, trained_part, with_old_tasks
 
 log = logging.getLogger(__name__)
 
@@ -78,28 +73,31 @@ def _train(accelerator: Accelerator, config: RunConfig, resume: bool, on_step: C
            on_batch: Callable[[Batch], None] | None) -> None:
     out, section = Path(config.out), config.train
     last = out / "last"
+    config = with_old_tasks(config)
     set_seed(section.seed)
     model = build_model(config)
+    start_from(model, config)
     if section.checkpointing:
         checkpoint_blocks(model)
     log.debug("base weights: %s", model.fingerprint)  # known before they are spread over processes
     step, state = 0, {}
     if resume:
         description = load_checkpoint(last, model)
-        step, state = description["step"], load_resume(last)
-        check_resumable(parse_config(description["config"]), config)
+        step, state = description["step"], load_resume(last, model.trainable_state())
+        check_resumable(description["config"], config)
         if step >= section.steps:
             log.warning("%s already has %d of %d steps", out, step, section.steps)
+    fed = trained_part(config)
     faults, valid_faults = FaultLog(config.data.max_fault_share), FaultLog(config.data.max_fault_share)
     with accelerator.local_main_process_first():  # which copies remote shards, for the others to find
-        indices = build_indices(config, "train", faults)
-        valid = build_indices(config, "valid", valid_faults)
+        indices = build_indices(fed, "train", faults)
+        valid = build_indices(fed, "valid", valid_faults)
     sizes = torch.tensor([size for index in indices.values() for size in (-1, *index.sizes)])
     if not torch.equal(sizes, state.get("data.sizes", sizes)):
         raise UserError("the train shards hold other samples than in the run to resume: put them back, or start "
                         "another run")
     turn, used = step * section.accumulate, state.get("data.used")
-    stream = build_stream(config, model, indices, start=turn, used=None if used is None else used.tolist())
+    stream = build_stream(fed, model, indices, start=turn, used=None if used is None else used.tolist())
     batches = train_batches(stream, config.data.workers, faults=faults, start=turn, rank=rank())
     optimizer = build_optimizer(model, section.lr, section.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -233,8 +231,9 @@ def build_stream(config: RunConfig, model: MultiTaskModel, indices: Mapping[str,
         rows = expected_rows(mixing.by, {name: len(index) for name, index in indices.items()},
                              config.batch_rows, {name: section.least_rows for name, section in config.tasks.items()},
                              temperature=mixing.temperature, cap=mixing.cap, weights=mixing.weights)
-    return BatchStream(feeds, [rows[name] for name in indices], collate_images=model.backbone.collate_images,
-                       seed=config.train.seed, window=config.data.shuffle, world=world(), start=start, used=used)
+    return BatchStream(feeds, [rows[name] for name in indices], ids=[model.router.index(name) for name in indices],
+                       collate_images=model.backbone.collate_images, seed=config.train.seed, window=config.data.shuffle,
+                       world=world(), start=start, used=used)
 
 
 def build_optimizer(model: MultiTaskModel, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -256,6 +255,6 @@ def learning_rate_factor(step: int, warmup: int, steps: int) -> float:
 
 def _best_so_far(out: Path) -> float:
     try:
-        return json.loads((out / "best" / "results.json").read_text())["primary_score"]
-    except (OSError, ValueError, KeyError):
+        return float(json.loads((out / "best" / "results.json").read_text())["primary_score"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return -math.inf

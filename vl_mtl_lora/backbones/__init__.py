@@ -1,7 +1,9 @@
 """Vision-language models behind one contract: `load_backbone` and the dict of libraries it knows."""
 
 import inspect
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from vl_mtl_lora.backbones.base import Backbone
 from vl_mtl_lora.backbones.hf import load as load_transformers
@@ -27,7 +29,13 @@ def load_backbone(library: str, name: str, pretrained: str | None = None, *,
         raise UserError(f"backbone.library: unknown library {library!r}", near=(library, LOADERS))
     load = LOADERS[library]
     valid = [name for name in inspect.signature(load).parameters if name not in ("name", "pretrained", "dry_run")]
-    for option in options:
+    for option, value in options.items():
         if option not in valid:
             raise UserError(f"backbone.options: {library} knows no option {option!r}", near=(option, valid))
+        kind = inspect.signature(load).parameters[option].annotation
+        try:
+            TypeAdapter(Any if kind is inspect.Parameter.empty else kind).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise UserError(f"backbone.options.{option}: got {repr(value)[:60]}; expected: "
+                            f"{error.errors()[0]['msg']}") from error
     return load(name, pretrained, dry_run=dry_run, **options).eval()

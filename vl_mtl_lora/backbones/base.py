@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from torchvision import transforms
@@ -15,6 +16,8 @@ from torchvision import transforms
 from vl_mtl_lora.attention import KeyValueCache
 from vl_mtl_lora.backbones.generation import generate
 from vl_mtl_lora.data.pictures import to_rgb
+
+Size = Annotated[int, Field(ge=1, le=4096)]  # of a picture or a grid: another's config may ask for all memory
 
 
 @dataclass(frozen=True)

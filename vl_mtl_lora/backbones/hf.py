@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from vl_mtl_lora.backbones.base import Backbone
+from vl_mtl_lora.backbones.base import Backbone, Size
 from vl_mtl_lora.backbones.hf_chat import HFChat
 from vl_mtl_lora.backbones.hf_dual import HFDual
 from vl_mtl_lora.errors import UserError
@@ -18,7 +18,7 @@ _KEPT = ["lm_head", ".*vision.*", ".*visual.*", ".*project.*", ".*connector.*"]
 
 
 def load(name: str, pretrained: str | None = None, *, dtype: str = "float32", quantize: str | None = None,
-         prefix_grid: int | None = None, max_length: int = 2048, random_weights: bool = False,
+         prefix_grid: Size | None = None, max_length: int = 2048, random_weights: bool = False,
          dry_run: str | None = None) -> Backbone:
     """Builds a model of transformers with its processor.
 
@@ -48,8 +48,8 @@ def load(name: str, pretrained: str | None = None, *, dtype: str = "float32", qu
         embedded = Path(str(resources.files("vl_mtl_lora") / "embedded" / "architectures" / name))
         source = str(embedded) if embedded.is_dir() else name
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        processor = transformers.AutoProcessor.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        processor = transformers.AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for what it cannot find or read
         raise UserError(f"backbone: transformers could not load {name!r}, expected a folder written by save_pretrained "
                         f"or a name on the hub: {type(error).__name__}: {str(error).splitlines()[0]}") from error
@@ -74,7 +74,7 @@ def load(name: str, pretrained: str | None = None, *, dtype: str = "float32", qu
     else:
         options = {} if quantization is None else {"quantization_config": quantization}
         try:
-            model = auto.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+            model = auto.from_pretrained(source, dtype=getattr(torch, dtype), trust_remote_code=False, **options)
         except Exception as error:
             raise UserError(f"backbone: transformers could not load the weights of {name!r}: {type(error).__name__}: "
                             f"{str(error).splitlines()[0]}") from error

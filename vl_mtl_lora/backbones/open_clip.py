@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from vl_mtl_lora.backbones.base import Backbone
+from vl_mtl_lora.backbones.base import Backbone, Size
 from vl_mtl_lora.backbones.open_clip_coca import OpenClipCoCa
 from vl_mtl_lora.backbones.open_clip_dual import OpenClipDual
 from vl_mtl_lora.backbones.open_clip_text import StandInTokenizer
@@ -17,7 +17,7 @@ _PRECISION = {"float32": "fp32", "bfloat16": "pure_bf16"}  # our names -> open_c
 _EMBEDDED_PREFIX_GRID = 3
 
 
-def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = None, image_size: int | None = None,
+def load(name: str, pretrained: str | None = None, *, prefix_grid: Size | None = None, image_size: Size | None = None,
          dtype: str = "float32", random_weights: bool = False, dry_run: str | None = None) -> Backbone:
     """Builds a CLIP, SigLIP or CoCa of open_clip.
 
@@ -64,6 +64,8 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = 
     root, before = logging.getLogger(), logging.getLogger().level
     root.setLevel(level)
     try:
+        if not plain:
+            _no_code(open_clip.get_model_config(name))
         with torch.device("meta" if dry_run == "shapes" else "cpu"):
             model = open_clip.create_model(name, pretrained=pretrained if plain else None,
                                            load_weights=not random_weights, pretrained_hf=not random_weights,
@@ -71,6 +73,8 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = 
         if not plain and pretrained and not random_weights:  # open_clip would pass it over
             open_clip.load_checkpoint(model, pretrained)
         tokenizer = _tokenizer(name, model) if dry_run and plain else open_clip.get_tokenizer(name)
+    except UserError:
+        raise
     except Exception as error:  # open_clip raises many types for unfit or unreachable weights
         raise UserError(f"backbone: open_clip could not load {name!r} with pretrained={pretrained!r}: "
                         f"{type(error).__name__}: {error}") from error
@@ -84,6 +88,14 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: int | None = 
         backbone = OpenClipDual(model, tokenizer, prefix_grid)
     backbone.random_weights = random_weights
     return backbone
+
+
+def _no_code(config: dict) -> None:
+    """Raises UserError for a folder's or hub's config that lets its tokenizer run code of its own; open_clip passes the
+    config's options on to transformers. Weights are read without code by both (`weights_only`)."""
+    if "trust_remote_code" in (config.get("text_cfg", {}).get("tokenizer_kwargs") or {}):
+        raise UserError("backbone: text_cfg.tokenizer_kwargs.trust_remote_code of its open_clip_config.json would run "
+                        "code that comes with the model; such models are not loaded")
 
 
 def _tokenizer(name: str, model: torch.nn.Module):

@@ -44,7 +44,8 @@ def shard_files(patterns: Sequence[str], cache: str | Path, allow_pipe: bool = F
     for pattern in patterns:
         if pattern.startswith("pipe:"):
             if not allow_pipe:
-                raise UserError(f"{pattern!r}: shards from shell commands are refused; data.allow_pipe: true runs them")
+                raise UserError(f"{pattern!r}: shards from shell commands are refused; data.allow_pipe: true runs "
+                                "them, those of a trained run together with --allow-pipe")
             found[pattern] = None
             continue
         try:

@@ -71,18 +71,20 @@ class Feed:
 
 
 class BatchStream(Dataset):
-    """`stream[n]` is batch number n, from 0 on without end. The feeds' order gives the task ids.
+    """`stream[n]` is batch number n, from 0 on without end.
 
     rows: of each task in a batch, in the feeds' order; where they are no whole numbers, on the long average.
-    collate_images: the pictures of a batch -> the tensor of them. window: see `SampleOrder`.
+    ids: of the feeds' tasks; default: 0, 1 and so on. collate_images: the pictures of a batch -> the tensor of them.
+    window: see `SampleOrder`.
     world: ranks that share the stream. used: (T,) samples of each task used before turn `start`, by however many ranks
     there then were; None for as many as there are now.
     """
 
-    def __init__(self, feeds: Sequence[Feed], rows: Sequence[float], *,
+    def __init__(self, feeds: Sequence[Feed], rows: Sequence[float], *, ids: Sequence[int] | None = None,
                  collate_images: Callable[[list], Any] = default_collate, seed: int = 0, window: int = 100_000,
                  world: int = 1, start: int = 0, used: Sequence[int] | None = None):
         self.feeds, self.seed, self.collate_images, self.world = list(feeds), seed, collate_images, world
+        self.ids = list(range(len(self.feeds)) if ids is None else ids)
         self.schedule = Schedule(rows, seed=seed)
         _, before = self.schedule(start)
         self._lead = [0] * len(feeds) if used is None else [n - world * first for n, first in zip(used, before)]
@@ -113,7 +115,7 @@ class BatchStream(Dataset):
         images, ids, slices, inputs, keys, checked = [], [], {}, {}, [], []
         rng = random.Random(f"{self.seed}/batch/{number}")
         places, epochs = self.places(number)
-        for task_id, (feed, rows) in enumerate(zip(self.feeds, places)):
+        for task_id, feed, rows in zip(self.ids, self.feeds, places):
             task = feed.index.source.task
             with _pinned(rng.getrandbits(48)):
                 pictures, samples = _read(feed, rows, checked)
