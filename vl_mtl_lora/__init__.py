@@ -7,7 +7,9 @@ from vl_mtl_lora.data.shards import write_shards
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.lora import AdapterConfig, AdapterSummary, MTLLoRALinear, inject
 from vl_mtl_lora.model import MultiTaskModel, build_model
+from vl_mtl_lora.predict import predict
 from vl_mtl_lora.routing import TaskRouter
 
 __all__ = ["AdapterConfig", "AdapterSummary", "MTLLoRALinear", "MultiTaskModel", "TaskRouter", "UserError",
-           "build_model", "inject", "load_backbone", "load_config", "load_run", "parse_config", "write_shards"]
+           "build_model", "inject", "load_backbone", "load_config", "load_run", "parse_config", "predict",
+           "write_shards"]

@@ -170,6 +170,54 @@ def push(run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run
 
 
 @app.command()
+def predict(run: Run,
+            path: Annotated[Path, typer.Argument(metavar="IMAGE|FOLDER|FILE.jsonl", help=(
+                "a picture, a folder of pictures, or a file with a request a line"))],
+            task: Annotated[list[str], typer.Option(help="a task to ask, may be given several times; default: all that "
+                                                    "a picture and the texts are enough for")] = [],  # noqa: B006
+            text: Annotated[list[str], typer.Option(help="question, or text to look for; several times for several "
+                                                    "texts or choices")] = [],  # noqa: B006
+            zero_shot: Annotated[bool, typer.Option("--zero-shot", help="adapters off")] = False,
+            both: Annotated[bool, typer.Option("--both", help="adapters off, and on")] = False,
+            out: Annotated[Path | None, typer.Option(help="JSON-lines file of the answers")] = None):
+    """Answers about pictures: a caption, a question's answer, the class, what fits best.
+
+    Into a pipe or a file go JSON lines. Pictures that cannot be used are named and passed over; exit code 1 then.
+    """
+    from tqdm import tqdm
+
+    from vl_mtl_lora.checkpoint import load_run
+    from vl_mtl_lora.evaluation import check_writable
+    from vl_mtl_lora.predict import ARMS
+    from vl_mtl_lora.predict_files import as_json, as_text, predict_files, write_lines
+
+    if zero_shot and both:
+        raise UserError("--zero-shot and --both exclude each other")
+    if not path.exists():
+        raise UserError(f"there is no file or folder {path}: expected a picture, a folder of pictures, or a .jsonl "
+                        "file of requests")
+    if out:
+        check_writable(out)
+    model, config = load_run(run)
+    skipped = set()
+
+    def skip(image: str, problem: Exception) -> None:
+        if image not in skipped:  # of several tasks
+            tqdm.write(f"skipped {image}: {problem}", file=sys.stderr)
+        skipped.add(image)
+    records = predict_files(model, path, task, text, rows=config.data.eval_batch, skip=skip,
+                            arms=ARMS if both else ("zero_shot",) if zero_shot else ("adapted",))
+    if out:
+        print(f"{write_lines(map(as_json, records), out)} answers: {out}")
+    else:
+        for line in map(as_text if sys.stdout.isatty() else as_json, records):
+            tqdm.write(line)  # past the bar of progress
+    if skipped:
+        print(f"{len(skipped)} picture{'s' * (len(skipped) > 1)} could not be used", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
 def inspect(config: Config, overrides: Overrides = None):
     """Shows what a config adapts, and fails where an adapter would never learn. Needs no weights and no shards."""
     from vl_mtl_lora.config import load_config

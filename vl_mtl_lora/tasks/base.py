@@ -28,13 +28,23 @@ class Answer(NamedTuple):
     pictures: tuple[tuple[int, bool], ...] = ()
 
 
+class Reply(NamedTuple):
+    """What a task says of one request, for people to read.
+
+    scores: what was compared, best first, with cosines or probabilities; empty where nothing was.
+    """
+
+    answer: str
+    scores: tuple[tuple[str, float], ...] = ()
+
+
 class Task(Protocol):
     """Tasks are `nn.Module`s that follow this protocol; their parameters are the task's head.
 
     name: the tag. kind: the key in `tasks.KINDS`. needs: capabilities the backbone must have.
     images: of each sample; without any, `states` are None, with several a sample's states follow each other.
     primary: the metric that stands for the task, higher is better.
-    example: fields of a sample, for a dry run.
+    example: fields of a sample, for a dry run. asks: those of them that tell what is asked; the others are the truth.
     """
 
     name: str
@@ -43,6 +53,7 @@ class Task(Protocol):
     images: int
     primary: str
     example: Mapping[str, Any]
+    asks: tuple[str, ...]
 
     def collate(self, samples: Sequence[Sample], rng: random.Random) -> dict[str, Tensor]:
         """Samples of a training slice -> the tensors that `loss` reads. Runs in loader processes."""
@@ -53,6 +64,10 @@ class Task(Protocol):
     def predict(self, backbone: Backbone, states: ImageStates | None, samples: Sequence[Sample],
                 zero_shot: bool) -> list[Any]:
         """One prediction per sample. `zero_shot`: answer as the base alone would, without the task's head."""
+
+    def reply(self, backbone: Backbone, states: ImageStates | None, samples: Sequence[Sample],
+              zero_shot: bool) -> list[Reply]:
+        """What `predict` finds, in words and with all that it was chosen among. The truth is not looked at."""
 
     def score(self, predictions: Sequence[Any], samples: Sequence[Sample], thorough: bool = False) -> dict[str, Metric]:
         """Metrics over a whole evaluation, with pictures as clusters. `thorough`: also those that take long."""

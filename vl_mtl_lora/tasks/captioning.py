@@ -3,7 +3,7 @@
 from torch import nn
 
 from vl_mtl_lora.metrics.caption import TOKENIZER, caption_metrics, cider_warning, rouge_l, tokenize_caption
-from vl_mtl_lora.tasks.base import Answer, next_token_inputs, next_token_loss, pictures_of
+from vl_mtl_lora.tasks.base import Answer, Reply, next_token_inputs, next_token_loss, pictures_of
 
 
 class Captioning(nn.Module):
@@ -13,6 +13,7 @@ class Captioning(nn.Module):
     images = 1
     needs = frozenset({"generate"})
     primary = "CIDEr"
+    asks = ()
     example = {"captions": ["a photo of a red circle on a blue square in the picture"]}
 
     def __init__(self, name, section, backbone):
@@ -33,6 +34,9 @@ class Captioning(nn.Module):
         """One caption per sample; the base alone writes its caption the same way."""
         return backbone.generate(states, [self.prompt] * len(samples), max_new_tokens=self.max_new_tokens,
                                  num_beams=self.num_beams)
+
+    def reply(self, backbone, states, samples, zero_shot):
+        return [Reply(caption) for caption in self.predict(backbone, states, samples, zero_shot)]
 
     def score(self, predictions, samples, thorough=False):
         """CIDEr, BLEU and ROUGE-L; thorough: METEOR too, where Java is there."""

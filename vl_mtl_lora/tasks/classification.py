@@ -1,11 +1,13 @@
 """Classification by the text tower: the class whose description is most similar to the image, or to the text."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from vl_mtl_lora.metrics.classification import mean_per_class_accuracy, topk_accuracy
-from vl_mtl_lora.tasks.base import Answer, Kept, embed_texts, pictures_of, similarity
+from vl_mtl_lora.tasks.base import Answer, Kept, Reply, embed_texts, pictures_of, similarity
 
 _BEST = 5  # classes kept of each prediction
 
@@ -28,6 +30,7 @@ class Classification(nn.Module):
         self.text = backbone.text
         self.classes, self.templates, self.negatives = list(section.labels), list(section.templates), section.negatives
         self.numbers = {label: i for i, label in enumerate(self.classes)}
+        self.asks = () if self.images else ("text",)
         self.example = {"label": self.classes[0], "text": "a picture of something red"}
         self.log_scale = nn.Parameter(torch.tensor([backbone.log_scale]))
         self.kept = Kept()
@@ -50,12 +53,26 @@ class Classification(nn.Module):
 
     def predict(self, backbone, states, samples, zero_shot):
         """The numbers of the five likeliest classes of each sample, best first."""
-        classes = self.kept("classes", lambda: self._class_embeddings(backbone))
+        return self._best(self._similarities(backbone, states, samples, zero_shot)).indices.tolist()
+
+    def reply(self, backbone, states, samples, zero_shot):
+        """The likeliest classes with their probabilities among all; zero-shot by the base's own scale."""
+        scale = math.exp(backbone.log_scale) if zero_shot else self.log_scale.exp()
+        best = self._best((scale * self._similarities(backbone, states, samples, zero_shot)).softmax(dim=1))
+        return [Reply(self.classes[numbers[0]], tuple((self.classes[i], p) for i, p in zip(numbers, likely)))
+                for numbers, likely in zip(best.indices.tolist(), best.values.tolist())]
+
+    def _similarities(self, backbone, states, samples, zero_shot):
+        """(B, classes)"""
+        classes = self.kept((zero_shot, "classes"), lambda: self._class_embeddings(backbone))
         if self.images:
             query = backbone.encode_image(states)
         else:
             query = embed_texts(backbone, [s.fields["text"] for s in samples])
-        return similarity(query, classes.T).topk(min(_BEST, len(self.classes)), dim=1).indices.tolist()
+        return similarity(query, classes.T)
+
+    def _best(self, scores):
+        return scores.topk(min(_BEST, len(self.classes)), dim=1)
 
     def _class_embeddings(self, backbone):
         texts = [template.format(label=label) for label in self.classes for template in self.templates]

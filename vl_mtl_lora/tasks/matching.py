@@ -9,7 +9,7 @@ from torch import nn
 
 from vl_mtl_lora.backbones.base import wide
 from vl_mtl_lora.metrics.classification import concordance, topk_accuracy
-from vl_mtl_lora.tasks.base import Answer, embed_texts, pictures_of, similarity
+from vl_mtl_lora.tasks.base import Answer, Reply, embed_texts, pictures_of, similarity
 
 
 class Matching(nn.Module):
@@ -31,6 +31,7 @@ class Matching(nn.Module):
         self.text = backbone.text
         self.labels = list(section.labels)
         self.numbers = {label: i for i, label in enumerate(self.labels)}
+        self.asks = ("text",) if self.images else ("text", "text_pair")
         self.example = {"text": "there is a red circle", "text_pair": "the circle is blue", "label": self.labels[0]}
         parts = 1 + (self.images or 1)
         self.head = nn.Linear((parts + parts * (parts - 1) // 2) * backbone.embed_dim, len(self.labels))
@@ -65,12 +66,19 @@ class Matching(nn.Module):
         """(score, number of the label) per sample; zero-shot the label is None until all scores are known."""
         parts = self._parts(backbone, states, embed_texts(backbone, self._texts(samples)))
         if zero_shot:
-            *others, last = parts.unbind(1)
-            cosines = [similarity(other.unsqueeze(1), last.unsqueeze(2)).flatten() for other in others]
-            return [(score, None) for score in torch.stack(cosines).mean(dim=0).tolist()]
+            return [(score, None) for score in _cosines(parts).tolist()]
         likely = self._logits(parts).softmax(dim=-1)
         scores = likely @ torch.arange(len(self.labels), dtype=likely.dtype, device=likely.device)
         return list(zip(scores.tolist(), likely.argmax(dim=-1).tolist()))
+
+    def reply(self, backbone, states, samples, zero_shot):
+        """The labels with their probabilities; zero-shot the cosine, which is no label yet."""
+        parts = self._parts(backbone, states, embed_texts(backbone, self._texts(samples)))
+        if zero_shot:
+            return [Reply(f"cosine {score:.3f}", (("cosine", score),)) for score in _cosines(parts).tolist()]
+        ranked = [sorted(zip(self.labels, row), key=lambda pair: -pair[1])
+                  for row in self._logits(parts).softmax(dim=-1).tolist()]
+        return [Reply(row[0][0], tuple(row)) for row in ranked]
 
     def _chosen(self, predictions):
         """The number of the label of each prediction."""
@@ -100,3 +108,10 @@ class Matching(nn.Module):
     def answers(self, predictions, samples, rows):
         chosen = self._chosen(predictions)
         return [Answer(self.labels[chosen[i]], self.labels[chosen[i]] == samples[i].fields["label"]) for i in rows]
+
+
+def _cosines(parts):
+    """(B, P, E) -> (B,): of the last part, a text, with the others, on average."""
+    *others, last = parts.unbind(1)
+    cosines = [similarity(other.unsqueeze(1), last.unsqueeze(2)).flatten() for other in others]
+    return torch.stack(cosines).mean(dim=0)

@@ -6,7 +6,15 @@ from torch import nn
 
 from vl_mtl_lora.backbones.generation import score_choices
 from vl_mtl_lora.metrics.bootstrap import mean
-from vl_mtl_lora.tasks.base import Answer, embed_texts, next_token_inputs, next_token_loss, pictures_of, similarity
+from vl_mtl_lora.tasks.base import (
+    Answer,
+    Reply,
+    embed_texts,
+    next_token_inputs,
+    next_token_loss,
+    pictures_of,
+    similarity,
+)
 
 
 class MultipleChoice(nn.Module):
@@ -21,6 +29,7 @@ class MultipleChoice(nn.Module):
 
     kind = "multiple_choice"
     primary = "accuracy"
+    asks = ("question", "choices")
     example = {"question": "what color is the circle in the picture?", "choices": ["red", "dark blue"], "answer": 0,
                "question_id": 0}
 
@@ -74,6 +83,10 @@ class MultipleChoice(nn.Module):
             query = embed_texts(backbone, [s.fields["question"] for s in samples])
         choices = embed_texts(backbone, self._statements(samples))
         return _scores(query, choices, _places(samples).to(query.device)).argmax(dim=1).tolist()
+
+    def reply(self, backbone, states, samples, zero_shot):
+        return [Reply(s.fields["choices"][number])
+                for s, number in zip(samples, self.predict(backbone, states, samples, zero_shot))]
 
     def score(self, predictions, samples, thorough=False):
         return {"accuracy": mean(self.quality(predictions, samples), pictures_of(samples), 100.0)}

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vl_mtl_lora.metrics.retrieval import retrieval_metrics, search
 from vl_mtl_lora.ranks import joined
-from vl_mtl_lora.tasks.base import Answer, pictures_of, similarity
+from vl_mtl_lora.tasks.base import Answer, Reply, pictures_of, similarity
 
 _SHOWN = 5  # of the pictures found
 _CHUNK = 8192  # texts that the sigmoid loss holds against its images at once
@@ -30,6 +30,7 @@ class Retrieval(nn.Module):
     images = 1
     needs = frozenset({"embed"})
     primary = "text_to_image_recall@1"
+    asks = ("captions",)
     max_log_scale = math.log(100.0)  # of CLIP's loss
     example = {"captions": ["a photo of a red circle on a blue square in the picture"]}
 
@@ -68,6 +69,14 @@ class Retrieval(nn.Module):
         captions = [s.fields["captions"] for s in samples]
         text = backbone.encode_text(self.text.rows(sum(captions, [])).to(backbone.device)).float().cpu()
         return list(zip(backbone.encode_image(states).float().cpu(), text.split([len(c) for c in captions])))
+
+    def reply(self, backbone, states, samples, zero_shot):
+        """The texts by their cosine with the picture."""
+        replies = []
+        for s, (image, texts) in zip(samples, self.predict(backbone, states, samples, zero_shot)):
+            ranked = sorted(zip(s.fields["captions"], (texts @ image).tolist()), key=lambda pair: -pair[1])
+            replies.append(Reply(ranked[0][0], tuple(ranked)))
+        return replies
 
     def score(self, predictions, samples, thorough=False):
         images, image_groups, texts, text_groups = self.gather(predictions, samples)

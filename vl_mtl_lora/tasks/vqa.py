@@ -16,6 +16,7 @@ from vl_mtl_lora.ranks import shared_mean
 from vl_mtl_lora.tasks.base import (
     Answer,
     Kept,
+    Reply,
     embed_texts,
     next_token_inputs,
     next_token_loss,
@@ -40,6 +41,7 @@ class VQA(nn.Module):
 
     kind = "vqa"
     images = 1
+    asks = ("question",)
     primary = "accuracy"
 
     def __init__(self, name, section, backbone):
@@ -117,7 +119,7 @@ class VQA(nn.Module):
     def predict(self, backbone, states, samples, zero_shot):
         """One answer text per sample."""
         if self.answer_by == "similarity" or zero_shot and self.zero_shot_by_similarity:
-            return self._most_similar(backbone, states, samples)
+            return self._most_similar(backbone, states, samples, zero_shot)
         by = "ranking" if zero_shot and self.answer_list else "generation" if zero_shot else self.answer_by
         if by == "generation":
             return backbone.generate(states, self._prompts(samples), max_new_tokens=self.max_new_tokens)
@@ -128,11 +130,14 @@ class VQA(nn.Module):
             scores = self._classify(backbone, states, tokens)
         return [self.answer_list[i] for i in scores.argmax(dim=1).tolist()]
 
-    def _most_similar(self, backbone, states, samples):
+    def reply(self, backbone, states, samples, zero_shot):
+        return [Reply(answer) for answer in self.predict(backbone, states, samples, zero_shot)]
+
+    def _most_similar(self, backbone, states, samples, zero_shot):
         best = []
         for image, sample in zip(backbone.encode_image(states), samples):
             question = sample.fields["question"]  # many samples ask the same
-            texts = self.kept(question, lambda question=question: embed_texts(
+            texts = self.kept((zero_shot, question), lambda question=question: embed_texts(
                 backbone, self._statements(question, self.answer_list)))
             best.append(texts @ image)
         return [self.answer_list[i] for i in torch.stack(best).argmax(dim=1).tolist()]
