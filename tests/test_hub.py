@@ -239,7 +239,7 @@ def test_files_that_lead_elsewhere_and_damaged_ones_are_not_pushed(server, train
 
 
 def test_a_description_without_its_parts_is_refused(tmp_path):
-    for text, message in (('{"format": "vl_mtl_lora/1", "step": 1}', "base, config, tasks missing"),
+    for text, message in (('{"format": "vl_mtl_lora/1", "step": 1}', "tasks: expected a list, got None"),
                           ("[1]", "expected format 'vl_mtl_lora/1', got")):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(UserError, match=message):

@@ -33,13 +33,13 @@ def model_card(description: Mapping, results: Mapping, repo: str | None = None, 
     """
     config, adapter = description["config"], description["config"]["adapter"]
     base, towers = config["backbone"], description["trainable_parameters"]
-    made = description.get("origin") or f"trained for {description['step']:,} steps"
+    trained = f"trained for {description['step']:,} steps on {len(config['tasks'])} tasks at once"
     weights = f" ({_code(base['pretrained'])})" if base["pretrained"] else ""
     lines = ["---", yaml.safe_dump(front_matter(description, results, repo, licence), sort_keys=False,
                                    allow_unicode=True).rstrip(), "---", "",
              "# " + (repo.partition("/")[2] if repo else "MTL-LoRA adapters"), "",
              f"Adapters ([MTL-LoRA](https://arxiv.org/abs/2410.09437)) for {_code(base['name'])}{weights} from "
-             f"{base['library']}, {made}, for {len(config['tasks'])} tasks. "
+             f"{base['library']}, {description.get('origin') or trained}. "
              "The frozen base is not among the files; it is loaded from where it comes from.", "",
              f"Trainable parameters: {sum(towers.values()):,} "
              f"({', '.join(f'{tower} {count:,}' for tower, count in towers.items())}); "
