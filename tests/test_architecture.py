@@ -19,7 +19,7 @@ ORDER = ["errors", "ranks", "sections", "config", "routing", "metrics.bootstrap"
          "backbones", "targets", "lora", "tasks.base", "tasks.retrieval", "tasks.vqa", "tasks.captioning",
          "tasks.classification", "tasks.multiple_choice", "tasks.matching", "tasks",
          "model", "predict", "memory", "inspection", "hub", "model_card", "checkpoint_files", "checkpoint", "task_sets",
-         "resume", "export", "safe_files", "sources", "importing", "anatomy", "embeddings", "evaluate", "journal",
+         "resume", "safe_files", "export", "sources", "importing", "anatomy", "embeddings", "evaluate", "journal",
          "trainer", "bench_loader", "bench_arms", "bench", "results", "evaluation", "bench_retrieval", "forgetting",
          "gallery", "drawings", "report", "compare", "side_by_side", "push", "quickstart", "", "predict_files",
          "cli_data", "cli_tasks", "cli", "__main__"]

@@ -133,7 +133,8 @@ def test_commands_take_a_run_on_the_hub(server, trained, command, tiny_shards, t
     assert code == 0 and (tmp_path / "c" / "comparison.html").is_file()
     monkeypatch.chdir(tmp_path)
     assert command("export", "hf://me/a", "--task", "vqa")[0] == command("export", run, "--task", "vqa")[0] == 0
-    assert (tmp_path / "merged-vqa.safetensors").read_bytes() == (Path(run) / "merged-vqa.safetensors").read_bytes()
+    ours, theirs = (Path(folder) / "merged-vqa" / "open_clip_model.safetensors" for folder in (tmp_path, run))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_a_stranger_s_config_runs_no_command(server, trained, command, tmp_path):

@@ -126,19 +126,18 @@ def compare(runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="fo
 
 
 @app.command()
-def export(run: Run, task: Annotated[str, typer.Option(help="the task to fold into the base")],
-           out: Annotated[Path | None, typer.Option(help="file, else RUN/merged-TASK.safetensors; of a run on the hub "
-                                                     "./merged-TASK.safetensors")] = None,
-           format: Annotated[str, typer.Option(help="merged")] = "merged"):
-    """Writes the base with one task's adapters folded in, under the library's own names."""
-    from vl_mtl_lora.export import export_merged
+def export(run: Run, task: Annotated[str, typer.Option(help="the task to export")],
+           out: Annotated[Path | None, typer.Option(help=(
+               "a new folder, else RUN/FORMAT-TASK, of a run on the hub ./FORMAT-TASK; of merged weights alone "
+               "FILE.safetensors"))] = None,
+           format: Annotated[str, typer.Option(help="merged, into the base, or peft, a plain LoRA")] = "merged"):
+    """Writes one task as the model's own library saves models, the adapters folded in, or as a LoRA of PEFT."""
+    from vl_mtl_lora.export import export as write
     from vl_mtl_lora.hub import hub_address
 
-    if format != "merged":
-        raise UserError(f"--format {format} is not possible; weights are written merged")
-    out = out or Path("." if hub_address(run) else run) / f"merged-{task}.safetensors"
-    export_merged(run, task, out)
-    print(f"merged weights: {out}")
+    out = out or Path("." if hub_address(run) else run) / f"{format}-{task}"
+    told = write(run, task, out, format)
+    print("\n".join([*told, f"{format}: {out}"]))
 
 
 @app.command("import")

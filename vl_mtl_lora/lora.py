@@ -164,8 +164,8 @@ class MTLLoRALinear(nn.Module):
             UserError: the base is quantised.
         """
         if not self.plain:
-            raise UserError(f"{self.name}: a {type(self.base.weight).__name__} cannot be merged into; load the base "
-                            "without quantize")
+            raise UserError(f"{self.name}: a {type(self.base.weight).__name__} cannot be merged into; --format peft "
+                            "writes the task without the base")
         down, up = self.fold(task_index)
         delta = torch.zeros(self.out_features, self.in_features, dtype=torch.float64, device=down.device)
         parts = delta.view(-1, up.shape[-1], self.in_features)  # (splits, C, I)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from torchvision import transforms
 from vl_mtl_lora.attention import KeyValueCache
 from vl_mtl_lora.backbones.generation import generate
 from vl_mtl_lora.data.pictures import to_rgb
+from vl_mtl_lora.errors import UserError
 
 Size = Annotated[int, Field(ge=1, le=4096)]  # of a picture or a grid: another's config may ask for all memory
 
@@ -253,6 +255,15 @@ class Backbone(nn.Module):
         path = next((name for name, module in self.model.named_modules() if module is place.parent), None)
         return {} if path is None else {f"{path}.{place.attribute}".lstrip("."): None}
 
+    def hf_names(self, place: Place) -> dict[str, int | None]:
+        """As `layer_names`, in the model of transformers with the same weights; empty where it has no such layer."""
+        return {}
+
+    @property
+    def hf_class(self) -> type | None:
+        """The class of transformers that `model` is of, None where it is another library's."""
+        return None
+
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, each of which gradient checkpointing may run again in the backward pass."""
         raise NotImplementedError
@@ -269,6 +280,14 @@ class Backbone(nn.Module):
                 seen.add(id(parameter))
                 parts.setdefault(name, []).append(replaced.get(parameter, parameter.detach()))
         return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in parts.items()}
+
+    def save_library(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Writes weights and all that goes with them into a folder that the model's library loads.
+
+        state: weights as `library_state` names them, on the CPU.
+        """
+        raise UserError(f"{type(self).__name__} has no folder of its library's: write the weights alone, "
+                        "--out FILE.safetensors")
 
     @property
     def weight_bytes(self) -> int:

@@ -280,6 +280,15 @@ class HFChat(Backbone):
             found.append(Place("image", -1, role, base.get_submodule(parent), attribute, rows="image.merged"))
         return found
 
+    hf_class = property(lambda self: type(self.model))
+
+    def hf_names(self, place):
+        return super().layer_names(place)
+
+    def save_library(self, folder, state):
+        self.model.save_pretrained(folder, state_dict=dict(state))
+        self.processor.save_pretrained(folder)
+
     def layer_names(self, place):
         """Also as in transformers before 5 and before 4.52, and in the language model alone."""
         (name, whole), = super().layer_names(place).items()

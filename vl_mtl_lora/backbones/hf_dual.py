@@ -20,7 +20,7 @@ class HFDual(PrefixBackbone):
 
     def __init__(self, model: nn.Module, processor, prefix_grid: int | None = None):
         super().__init__()
-        self.model, self.image_processor = model, processor.image_processor
+        self.model, self.processor = model, processor
         # CLIP keeps both projections at its root and SigLIP's image side has none.
         self._has_root_projections = hasattr(model, "text_projection")
         projection = self._text_projection.weight
@@ -39,7 +39,7 @@ class HFDual(PrefixBackbone):
         return self.model.text_projection if self._has_root_projections else self.model.text_model.head
 
     def transform(self, train, **augmentation):
-        return PictureTransform(self.image_processor, train, augmentation)
+        return PictureTransform(self.processor.image_processor, train, augmentation)
 
     @staticmethod
     def collate_images(pictures):
@@ -113,6 +113,16 @@ class HFDual(PrefixBackbone):
         if "generate" in needs:
             found.append(Place("image", -1, "projector", self, "projector"))
         return found
+
+    hf_class = property(lambda self: type(self.model))
+
+    def hf_names(self, place):
+        """SigLIP's pool attends with nn.MultiheadAttention there, which has no linear layers."""
+        return {} if hasattr(place.parent, "library_names") else self.layer_names(place)
+
+    def save_library(self, folder, state):
+        self.model.save_pretrained(folder, state_dict=dict(state))
+        self.processor.save_pretrained(folder)
 
     def blocks(self):
         return [*self.model.vision_model.encoder.layers, *self.model.text_model.encoder.layers]

@@ -87,7 +87,20 @@ def load(name: str, pretrained: str | None = None, *, prefix_grid: Size | None =
     else:
         backbone = OpenClipDual(model, tokenizer, prefix_grid)
     backbone.random_weights = random_weights
+    backbone.model_config = _model_config(name, options)
     return backbone
+
+
+def _model_config(name: str, options: dict) -> dict:
+    """What open_clip_config.json says of a model that was created with these options."""
+    import open_clip
+
+    config = open_clip.get_model_config(name)
+    if "force_image_size" in options:
+        config["vision_cfg"]["image_size"] = options["force_image_size"]
+    if options.get("force_quick_gelu"):
+        config["quick_gelu"] = True
+    return config
 
 
 def _no_code(config: dict) -> None:

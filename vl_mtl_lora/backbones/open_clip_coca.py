@@ -10,6 +10,7 @@ from vl_mtl_lora.backbones.open_clip_dual import (
     image_blocks,
     image_places,
     open_clip_transform,
+    save_open_clip,
 )
 from vl_mtl_lora.backbones.open_clip_text import OpenClipText, scalar
 from vl_mtl_lora.backbones.prefix import causal_mask
@@ -26,6 +27,7 @@ class OpenClipCoCa(Backbone):
     capabilities = frozenset({"embed", "generate"})
     writes = True
     takes_bytes = True
+    model_config: dict  # see `OpenClipDual`
 
     def __init__(self, model: nn.Module, tokenizer):
         from open_clip.transformer import TextTransformer
@@ -93,6 +95,9 @@ class OpenClipCoCa(Backbone):
                 found += block_places("decoder", index, block, self.left_out)
                 found += block_places("decoder", index, cross, self.left_out, stem="cross.")
         return found
+
+    def save_library(self, folder, state):
+        save_open_clip(self, folder, state)
 
     def blocks(self):
         decoder = self.model.text_decoder

@@ -2,13 +2,16 @@
 Hugging Face text towers."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vl_mtl_lora.attention import split_attention
-from vl_mtl_lora.backbones.base import ImageStates, Place, unit
+from vl_mtl_lora.backbones.base import Backbone, ImageStates, Place, unit
 from vl_mtl_lora.backbones.open_clip_text import OpenClipText, scalar
 from vl_mtl_lora.backbones.prefix import PREFIX_GRID, PrefixBackbone, causal_mask, prefix_tokens
 from vl_mtl_lora.backbones.roles import block_places, outermost_stack, tower_places
@@ -19,6 +22,7 @@ class OpenClipDual(PrefixBackbone):
     """An `open_clip.CLIP` or `CustomTextCLIP`. With a Hugging Face text tower it embeds and does not generate."""
 
     takes_bytes = True
+    model_config: dict  # what open_clip_config.json says of the model, set by who loads it
 
     def __init__(self, model: nn.Module, tokenizer, prefix_grid: int | None = None):
         from open_clip.hf_model import HFTextEncoder
@@ -128,13 +132,23 @@ class OpenClipDual(PrefixBackbone):
         return found
 
     def layer_names(self, place):
-        """Also as in transformers' CLIP or SigLIP of the same weights."""
+        return super().layer_names(place) | self.hf_names(place)
+
+    def hf_names(self, place):
+        """In CLIPModel, for a CLIP with open_clip's own ViT, or in SiglipModel, for one of timm pooled by attention."""
+        visual = self.model.visual
+        kind = visual.trunk.global_pool if hasattr(visual, "trunk") else visual.pool_type
+        if kind not in ("map", "tok") or "generate" not in self.capabilities:
+            return {}
         stem = {"image": "vision_model", "text": "text_model"}[place.tower] + f".encoder.layers.{place.block}"
         theirs = {"attn.out": "self_attn.out_proj", "mlp.in": "mlp.fc1", "mlp.out": "mlp.fc2"}
         names = {f"{stem}.{theirs[place.role]}": None} if place.block >= 0 and place.role in theirs else {}
-        if place.block >= 0 and place.role == "attn.qkv" and place.splits == 3:
+        if place.block >= 0 and place.splits == 3:
             names = {f"{stem}.self_attn.{part}_proj": index for index, part in enumerate("qkv")}
-        return super().layer_names(place) | names
+        return names
+
+    def save_library(self, folder, state):
+        save_open_clip(self, folder, state)
 
     def _text_blocks(self) -> list[nn.Module]:
         if "generate" in self.capabilities:
@@ -167,6 +181,16 @@ def open_clip_transform(visual: nn.Module, train: bool, augmentation: dict):
                                       aug_cfg=augmentation or None)
         except (AssertionError, TypeError, ValueError) as error:
             raise UserError(f"augment: open_clip refuses {augmentation}: {error or 'values do not fit'}") from error
+
+
+def save_open_clip(backbone: Backbone, folder: Path, state: Mapping[str, Tensor]) -> None:
+    """A folder for `local-dir:`, whose weights `pretrained=` takes too; see `Backbone.save_library`."""
+    from open_clip.push_to_hf_hub import save_config_for_hf
+
+    save_file(dict(state), folder / "open_clip_model.safetensors", {"format": "pt"})
+    save_config_for_hf(backbone.model, folder / "open_clip_config.json", backbone.model_config)
+    if hasattr(backbone.text.tokenizer, "save_pretrained"):  # the other one comes with open_clip
+        backbone.text.tokenizer.save_pretrained(folder)
 
 
 # -- image towers, open_clip's own and timm's -------------------------------------------------------------------------
