@@ -217,6 +217,14 @@ def predict(run: Run,
 
 
 @app.command()
+def page(run: Run, port: Annotated[int, typer.Option(help="of this machine", min=1, max=65535)] = 7860):
+    """Shows a page in the browser: a picture and texts in, the answers of all tasks out. Only this machine sees it."""
+    from vl_mtl_lora.page import serve
+
+    serve(run, port)
+
+
+@app.command()
 def inspect(config: Config, overrides: Overrides = None):
     """Shows what a config adapts, and fails where an adapter would never learn. Needs no weights and no shards."""
     from vl_mtl_lora.config import load_config

@@ -91,8 +91,9 @@ def as_text(record: Mapping[str, Any]) -> str:
         if "images" in said:
             lines += [f"{name}{score:.3f}  {image}" for image, score in said["images"][:_SHOWN]]
             continue
-        scores = ", ".join(f"{text} {score:.3f}" for text, score in said.get("scores", ()))
-        lines.append(f"{name}{said['answer']}" + f"  ({scores})" * (len(said.get("scores", ())) > 1))
+        scores = said.get("scores", [])
+        shown = ", ".join(f"{text} {score:.3f}" for text, score in scores)
+        lines.append(f"{name}{said['answer']}" + f"  ({shown})" * any(text == said["answer"] for text, _ in scores))
     return "\n".join(lines)
 
 
