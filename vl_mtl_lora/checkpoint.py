@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vl_mtl_lora.checkpoint_files import FORMAT, check_sizes, find_checkpoint, read_description, read_tensors
+from vl_mtl_lora.checkpoint_files import (
+    FORMAT,
+    check_sizes,
+    earlier_name,
+    find_checkpoint,
+    read_description,
+    read_tensors,
+)
 from vl_mtl_lora.config import RunConfig
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.hub import downloaded
@@ -25,6 +32,8 @@ from vl_mtl_lora.model import MultiTaskModel, build_model
 from vl_mtl_lora.model_card import data_sources, model_card
 from vl_mtl_lora.ranks import everyone, rank, whole
 from vl_mtl_lora.sections import DataSection
+
+_PART, _GONE = ".part", ".gone"  # ends of the names of what is being written, and of what is being removed
 
 
 def save_checkpoint(folder: str | Path, model: MultiTaskModel, config: RunConfig, *, step: int,
@@ -62,7 +71,7 @@ def write_checkpoint(folder: str | Path, config: RunConfig, summary: AdapterSumm
     """As `save_checkpoint`, of a model's parts, from one process. base: the fingerprint of what the adapters were
     trained on. Raises OSError."""
     folder = Path(folder)
-    temporary = folder.with_name(folder.name + ".part")
+    temporary = folder.with_name(folder.name + _PART)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     description = {
@@ -80,33 +89,50 @@ def write_checkpoint(folder: str | Path, config: RunConfig, summary: AdapterSumm
     if resume is not None:
         _save(resume, temporary / "resume.safetensors")
     _sync(temporary)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = earlier_name(folder)
+    _retire(old, keep)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
     _sync(folder.parent)
-    if keep and old.exists():
-        earlier = folder.with_name(f"step-{read_description(old)['step']}")
-        shutil.rmtree(earlier, ignore_errors=True)
-        old.rename(earlier)
-    shutil.rmtree(old, ignore_errors=True)
+    _retire(old, keep)
     if keep:
         _remove_but_newest(folder.parent, keep)
+
+
+def _retire(old: Path, keep: int) -> None:
+    """An earlier checkpoint stays as step-N/, or goes."""
+    if keep and old.exists():
+        earlier = old.with_name(f"step-{read_description(old)['step']}")
+        _remove(earlier)
+        old.rename(earlier)
+    _remove(old)
 
 
 def _remove_but_newest(folder: Path, keep: int) -> None:
     kept = {int(match[1]): path for path in folder.iterdir() if (match := re.fullmatch(r"step-(\d+)", path.name))}
     for step in sorted(kept)[:-keep]:
-        shutil.rmtree(kept[step], ignore_errors=True)
+        _remove(kept[step])
+
+
+def _remove(folder: Path) -> None:
+    """Under another name, so that nobody takes what is half removed for a checkpoint."""
+    gone = folder.with_name(folder.name + _GONE)
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def recover_checkpoint(folder: str | Path) -> None:
-    """Puts an earlier checkpoint back where `save_checkpoint` was killed between its two renames."""
+    """Puts an earlier checkpoint back where `save_checkpoint` was killed between its two renames, and removes what it
+    left half written or half removed."""
     folder = Path(folder)
-    old = folder.with_name(folder.name + ".old")
+    old = earlier_name(folder)
     if old.exists() and not folder.exists():
         old.rename(folder)
+    for leftover in (*folder.parent.glob(f"*{_GONE}"), folder.with_name(folder.name + _PART)):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def load_checkpoint(folder: str | Path, model: MultiTaskModel) -> dict:

@@ -31,9 +31,15 @@ def find_checkpoint(folder: str | Path) -> Path:
         return download(address)
     folder = Path(folder)
     for candidate in (folder, folder / "best", folder / "last"):
-        if (candidate / "adapter_config.json").is_file():
-            return candidate
+        for path in (candidate, earlier_name(candidate)):
+            if (path / "adapter_config.json").is_file():
+                return path
     raise UserError(f"no checkpoint in {folder}: expected a run's folder with best/ or last/, or one of those")
+
+
+def earlier_name(folder: Path) -> Path:
+    """Where a checkpoint is for the moment in which a newer one takes its place; a run killed then leaves it there."""
+    return folder.with_name(folder.name + ".old")
 
 
 def read_description(folder: str | Path) -> dict:

@@ -53,6 +53,7 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
             gradient that is no number; another process is lost.
         SystemExit: with 0, after SIGTERM: the step under way is done and saved.
     """
+    launcher = os.getppid()
     with launched(config.train.shard) as accelerator:
         out = Path(config.out)
         if rank() == 0:
@@ -65,12 +66,12 @@ def train(config: RunConfig, resume: bool = False, on_step: Callable[[int, dict]
             raise UserError(f"nothing to resume in {out}: there is no checkpoint last/")
         if started and not resume:
             raise UserError(f"{out} already holds a run: add --resume to go on with it, or set another out=FOLDER")
-        _train(accelerator, config, resume, on_step, on_batch)
+        _train(accelerator, config, resume, launcher, on_step, on_batch)
     return out
 
 
-def _train(accelerator: Accelerator, config: RunConfig, resume: bool, on_step: Callable[[int, dict], None] | None,
-           on_batch: Callable[[Batch], None] | None) -> None:
+def _train(accelerator: Accelerator, config: RunConfig, resume: bool, launcher: int,
+           on_step: Callable[[int, dict], None] | None, on_batch: Callable[[Batch], None] | None) -> None:
     out, section = Path(config.out), config.train
     last = out / "last"
     config = with_old_tasks(config)
@@ -115,7 +116,7 @@ def _train(accelerator: Accelerator, config: RunConfig, resume: bool, on_step: C
 
     meter = Meter()
     model.train()
-    with loader_deaths_told(), Journal(out, after=step) as journal, _signals() as noted, \
+    with loader_deaths_told(), Journal(out, after=step) as journal, _signals(launcher) as noted, \
             tqdm(total=section.steps, initial=step, desc="train", unit="step", dynamic_ncols=True,
                  disable=rank() > 0) as bar:
         told = [] if resume else [*faults.faults, *valid_faults.faults]
@@ -186,10 +187,11 @@ def _train(accelerator: Accelerator, config: RunConfig, resume: bool, on_step: C
 
 
 @contextmanager
-def _signals() -> Iterator[Callable[[], int | None]]:
+def _signals(launcher: int) -> Iterator[Callable[[], int | None]]:
     """Ctrl-C and SIGTERM are noted instead of obeyed, so that a step is done whole; a second Ctrl-C breaks off at once.
 
-    Yields what tells the signal noted, None before.
+    Yields what tells the signal noted, None before. Of several processes one whose launcher is gone has got SIGTERM:
+    nobody would stop it any more, and a second start would write into the same folder.
     """
     noted: list[int] = []
 
@@ -202,7 +204,7 @@ def _signals() -> Iterator[Callable[[], int | None]]:
     kinds = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
     before = {kind: signal.signal(kind, note) for kind in kinds}
     try:
-        yield lambda: noted[0] if noted else None
+        yield lambda: noted[0] if noted else signal.SIGTERM if world() > 1 and os.getppid() != launcher else None
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
