@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,16 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(tiny_config, mo
             losses_of(with_steps(config, eval_every=0))
     assert load_checkpoint(f"{config.out}/last", build_model(config))["step"] == 2
     assert losses_of(config, resume=True).keys() == {3, 4, 5, 6}
+
+
+def test_processes_whose_launcher_is_gone_do_not_wait_for_it(tiny_config, monkeypatch):
+    config = tiny_config()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+        for name, value in {"WORLD_SIZE": "2", "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True",
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"torchrun does not answer at 127.0.0.1:{port}.*stopped"):
+            trainer.train(config)
+    assert not Path(config.out).exists()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -79,10 +80,11 @@ def launched(shard: bool) -> Iterator[Accelerator]:
     shard: the weights are to be spread over them (FSDP2); also where `accelerate launch --use_fsdp` says so.
 
     Raises:
-        UserError: the connection to another process is lost.
+        UserError: the connection to another process is lost, or there never was one.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several:
+        _find_launcher()
         _join_again()
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
                                             cpu_ram_efficient_loading=False) if shard and several else None
@@ -99,6 +101,19 @@ def launched(shard: bool) -> Iterator[Accelerator]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _find_launcher() -> None:
+    """Raises UserError where torchrun, whose store is there before its processes, is gone: torch would wait for it half
+    an hour."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.create_connection((host, int(port)), timeout=60).close()
+    except OSError as error:
+        raise UserError(f"torchrun does not answer at {host}:{port} ({error}): it was stopped, or that address cannot "
+                        "be reached from this machine") from error
 
 
 def _join_again() -> None:
