@@ -18,11 +18,11 @@ ORDER = ["errors", "ranks", "sections", "config", "routing", "metrics.bootstrap"
          "backbones.hf_text", "backbones.hf_dual", "backbones.hf_chat_text", "backbones.hf_chat", "backbones.hf",
          "backbones", "targets", "lora", "tasks.base", "tasks.retrieval", "tasks.vqa", "tasks.captioning",
          "tasks.classification", "tasks.multiple_choice", "tasks.matching", "tasks",
-         "model", "predict", "memory", "inspection", "hub", "model_card", "checkpoint_files", "checkpoint", "task_sets",
-         "resume", "safe_files", "export", "sources", "importing", "anatomy", "embeddings", "evaluate", "journal",
-         "trainer", "bench_loader", "bench_arms", "bench", "results", "evaluation", "bench_retrieval", "forgetting",
-         "gallery", "drawings", "report", "compare", "side_by_side", "push", "quickstart", "", "predict_files", "page",
-         "cli_data", "cli_tasks", "cli", "__main__"]
+         "model", "predict", "memory", "flops", "planning", "inspection", "hub", "model_card", "checkpoint_files",
+         "checkpoint", "task_sets", "resume", "safe_files", "export", "sources", "importing", "anatomy", "embeddings",
+         "evaluate", "journal", "trainer", "bench_loader", "bench_arms", "bench", "results", "evaluation",
+         "bench_retrieval", "forgetting", "gallery", "drawings", "report", "compare", "side_by_side", "push",
+         "quickstart", "", "predict_files", "page", "cli_data", "cli_tasks", "cli", "__main__"]
 HOMES = {"open_clip": "backbones", "timm": "backbones", "transformers": "backbones", "webdataset": "data"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

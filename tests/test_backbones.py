@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 
 from tests import tiny_models
 from tests.conftest import COLOURS
@@ -13,6 +15,7 @@ from tests.test_open_clip import randomize
 from vl_mtl_lora import AdapterConfig, TaskRouter, UserError, build_model, inject, load_backbone, load_run, parse_config
 from vl_mtl_lora.backbones.generation import pad_ids
 from vl_mtl_lora.backbones.hf_chat import expand
+from vl_mtl_lora.flops import batch_flops, launches
 from vl_mtl_lora.inspection import inspect
 from vl_mtl_lora.model import check_gradients, checkpoint_blocks, example_batch
 from vl_mtl_lora.trainer import train
@@ -415,3 +418,31 @@ def test_a_part_of_a_fused_qkv_moves_that_part_alone(load):
             rows = ids == task
             with torch.no_grad(), router.use(ids):
                 torch.testing.assert_close(layer(x)[rows], merged(x[rows]), atol=1e-5, rtol=1e-5)
+
+
+IN_PLACE = {torch.ops.aten.baddbmm_: lambda *shapes, out_shape=None, **_: baddbmm_flop(*shapes),  # torch leaves out
+            torch.ops.aten.addmm_: lambda *shapes, out_shape=None, **_: addmm_flop(*shapes)}
+
+
+def counted(call):
+    """What a call returns, and its operations by torch's counter, with attention as plain products."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        out = call()
+    return out, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_narrow_model_tells_the_operations_of_a_wide_one(config, name):
+    described = config(name)
+    model, probe = build_model(described), build_model(described, dry_run="narrow")
+    batch = example_batch(model, {task: section.rows for task, section in described.tasks.items()})
+    losses, forward = counted(lambda: model(batch))
+    _, backward = counted(lambda: sum(losses.values()).backward())
+    flops = batch_flops(model, probe, described)
+    assert flops.forward == pytest.approx(forward, rel=0.01)
+    # Of LLaVA's image tower nobody reads the last block, here one of two: it gets no gradient and is counted as if.
+    unread = 0.15 if any("reads the states before" in why for why in model.summary.left_out.values()) else 0
+    assert backward * 0.97 < flops.backward < backward * (1.03 + unread)
+    assert 0.5 * flops.forward < flops.again < flops.forward
+    model.zero_grad()
+    assert launches(probe) == pytest.approx(launches(model), rel=0.02)

@@ -225,12 +225,16 @@ def page(run: Run, port: Annotated[int, typer.Option(help="of this machine", min
 
 
 @app.command()
-def inspect(config: Config, overrides: Overrides = None):
+def inspect(config: Config, overrides: Overrides = None,
+            plan: Annotated[bool, typer.Option(help="memory and time on 1, 8 and 64 GPUs instead")] = False,
+            gpu: Annotated[str, typer.Option(help="with --plan: A100-80GB, H100-80GB or H200")] = "H100-80GB"):
     """Shows what a config adapts, and fails where an adapter would never learn. Needs no weights and no shards."""
     from vl_mtl_lora.config import load_config
     from vl_mtl_lora.inspection import inspect as run
+    from vl_mtl_lora.planning import table
 
-    for line in run(load_config(config, overrides or [])):
+    loaded = load_config(config, overrides or [])
+    for line in table(loaded, gpu) if plan else run(loaded):
         print(line, flush=True)
 
 
