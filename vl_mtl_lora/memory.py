@@ -119,6 +119,7 @@ def _measured(probe: MultiTaskModel, model: MultiTaskModel, config: RunConfig) -
     read: dict[int, Tensor] = {}
 
     def keep(tensor):
+        tensor = tensor.detach()  # the graph would hold itself: what it saves may be what it made
         address = tensor.untyped_storage().data_ptr()
         if address not in permanent and address not in kept:
             kept[address] = tensor
@@ -145,5 +146,7 @@ def _measured(probe: MultiTaskModel, model: MultiTaskModel, config: RunConfig) -
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), wide:
             yield step
     finally:
+        kept.clear()  # the graph holds `keep`, and that these
+        read.clear()
         for handle in handles:
             handle.remove()
