@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from vl_mtl_lora.lora import MTLLoRALinear
+from vl_mtl_lora.layer import MTLLoRALinear
 from vl_mtl_lora.model import MultiTaskModel
 from vl_mtl_lora.ops import mixture
 
@@ -27,7 +27,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The adapters of a model, layer by layer in the model's order, as plain numbers.
+    """The adapters of a model whose updates are low-rank products, layer by layer in the model's order, as numbers.
 
     Delta_t is the whole update that a layer adds to its frozen weight for task t (arXiv 2410.09437, eq. 5 and 6).
 
@@ -59,6 +59,8 @@ def anatomy(model: MultiTaskModel) -> Anatomy:
     layers, distances, mixtures, sizes = [], [], [], []
     grams: dict[str, Tensor] = {}
     for name, layer in model.summary.layers.items():
+        if not layer.folds:
+            continue
         place = model.summary.places[name]
         layers.append(Layer(place.tower, place.block, place.role, name))
         distances.append(transform_distance(layer).tolist())
@@ -74,11 +76,11 @@ def anatomy(model: MultiTaskModel) -> Anatomy:
 
 def transform_distance(layer: MTLLoRALinear) -> Tensor:
     """||Lambda_t - I||_F / ||I||_F, root of the mean square over slices, full and diagonal alike, (T,)."""
-    matrix = layer.transform.detach().double()
+    matrix = layer.factors()[1].detach().double()
     if matrix.dim() == 3:
         matrix = torch.diag_embed(matrix)  # (S, T, R, R)
-    eye = torch.eye(layer.rank, dtype=matrix.dtype, device=matrix.device)
-    return ((matrix - eye).square().sum((-2, -1)) / layer.rank).mean(0).sqrt()
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return ((matrix - eye).square().sum((-2, -1)) / len(eye)).mean(0).sqrt()
 
 
 def update_gram(layer: MTLLoRALinear) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from vl_mtl_lora.attention import CrossAttention, SplitAttention
 from vl_mtl_lora.backbones.base import Backbone
 from vl_mtl_lora.errors import UserError
-from vl_mtl_lora.lora import AdapterConfig, AdapterSummary, MTLLoRALinear, inject
+from vl_mtl_lora.layer import MTLLoRALinear
+from vl_mtl_lora.lora import AdapterConfig, AdapterSummary, inject
 from vl_mtl_lora.model import MultiTaskModel
 from vl_mtl_lora.routing import TaskRouter
 from vl_mtl_lora.sections import RunConfig

@@ -163,7 +163,7 @@ def load_checkpoint(folder: str | Path, model: MultiTaskModel) -> dict:
 def check_hyperparameters(folder: str | Path, saved: RunConfig, summary: AdapterSummary) -> None:
     """Raises UserError where a checkpoint's adapters are to compute something else than they were trained to."""
     own = asdict(summary.config)
-    for name in ("rank", "alpha", "num_up", "temperature", "transform"):
+    for name in ("method", "rank", "alpha", "num_up", "temperature", "transform"):
         if (got := getattr(saved.adapter, name)) != own[name]:
             raise UserError(f"{folder}: its adapters have {name} {got}, the model's {own[name]}; with another "
                             "value they would compute something else")

@@ -16,6 +16,7 @@ from torch import Tensor
 from vl_mtl_lora.config import RunConfig, parse_config
 from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.hub import download, hub_address
+from vl_mtl_lora.lora import METHODS
 
 FORMAT = "vl_mtl_lora/1"
 _LARGEST = 64 << 20  # bytes of a description; its closed lists are the most of it
@@ -90,12 +91,14 @@ def check_sizes(folder: str | Path, config: RunConfig) -> None:
     """Compares the sizes that a checkpoint's config asks for with its adapters' shapes, before anything of such a size
     is made. Raises UserError where they differ."""
     path = Path(folder) / "adapter_model.safetensors"
-    tasks, rank, ups = len(config.tasks), config.adapter.rank, config.adapter.num_up
-    # What follows the number of slices; see `MTLLoRALinear`.
-    expected = {"down": (rank,), "transform": (tasks, rank), "up": (ups, rank), "mix": (tasks, ups)}
+    adapter = config.adapter
+    tasks, rank, ups = len(config.tasks), adapter.rank, adapter.num_up
     shapes = {name: shape for name, (shape, _) in read_heads(path).items()}
+    if adapter.method == "heads":  # an empty file, as `read_tensors` will see
+        return
     if not shapes:
         raise UserError(f"{path}: it holds no tensor")
+    expected = METHODS[adapter.method].sizes(tasks, rank, ups, adapter.transform)
     for name, shape in shapes.items():
         sizes = expected.get(name.rpartition(".")[2], ())
         if shape[1:1 + len(sizes)] != sizes or not math.prod(shape):

@@ -13,7 +13,7 @@ from torch import Tensor
 from vl_mtl_lora.backbones.base import Place
 from vl_mtl_lora.checkpoint import load_run
 from vl_mtl_lora.errors import UserError
-from vl_mtl_lora.lora import MTLLoRALinear
+from vl_mtl_lora.layer import MTLLoRALinear
 from vl_mtl_lora.model import MultiTaskModel
 from vl_mtl_lora.safe_files import some
 from vl_mtl_lora.sections import RunConfig

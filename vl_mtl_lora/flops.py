@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vl_mtl_lora.lora import MTLLoRALinear
+from vl_mtl_lora.layer import MTLLoRALinear
 from vl_mtl_lora.memory import blocks_by_layer
 from vl_mtl_lora.model import MultiTaskModel, example_batch
 from vl_mtl_lora.sections import RunConfig
@@ -125,12 +125,9 @@ class _Count(TorchFunctionMode):
         """Inside, the adapters' own products are counted; `ops` has them."""
         def count(name):
             def hook(layer, args, _):
-                x, real = args[0], self.real[name]
-                rows, (slices, rank, width), columns = x.numel() // x.shape[-1], real.down.shape, real.up.shape[-1]
-                down, up = 2 * rows * slices * rank * width, 2 * rows * slices * rank * columns
-                matrix = 2 * rows * slices * rank * (rank if real.transform.dim() == 4 else 1)
-                self.add(self.weights[id(layer.base.weight)][1], down + matrix + up,
-                         down * (1 + x.requires_grad) + 3 * matrix + 2 * up)
+                x = args[0]
+                self.add(self.weights[id(layer.base.weight)][1],
+                         *self.real[name].operations(x.numel() // x.shape[-1], x.requires_grad))
             return hook
 
         handles = [layer.register_forward_hook(count(name)) for name, layer in probe.backbone.named_modules()

@@ -7,7 +7,7 @@ import torch
 from vl_mtl_lora.backbones.base import Backbone, Place
 from vl_mtl_lora.checkpoint import save_checkpoint
 from vl_mtl_lora.errors import UserError
-from vl_mtl_lora.lora import MTLLoRALinear
+from vl_mtl_lora.layer import MTLLoRALinear
 from vl_mtl_lora.model import MultiTaskModel, build_model
 from vl_mtl_lora.safe_files import some
 from vl_mtl_lora.sections import RunConfig
@@ -46,6 +46,9 @@ def import_adapters(path: str | Path, config: RunConfig) -> list[str]:
 def _check_settings(source: Source, config: RunConfig) -> None:
     """What shapes and formula depend on must be the source's."""
     own, tasks = config.adapter, list(config.tasks)
+    if own.method != "mtl_lora" or own.transform not in ("full", "diagonal"):
+        raise UserError(f"adapters are imported as MTL-LoRA with a Lambda, not as {own.method} with transform: "
+                        f"{own.transform}; leave adapter.method and adapter.transform out of the config")
     if isinstance(source.tasks, int) and source.tasks != len(tasks):
         raise UserError(f"the adapters are of {source.tasks} tasks, numbered, the config has {len(tasks)} "
                         f"({', '.join(tasks)}): name as many, in the order of their numbers")

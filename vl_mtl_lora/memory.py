@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vl_mtl_lora.lora import MTLLoRALinear
+from vl_mtl_lora.layer import MTLLoRALinear
 from vl_mtl_lora.model import MultiTaskModel, example_batch
 from vl_mtl_lora.sections import RunConfig
 

@@ -130,10 +130,12 @@ def check_gradients(model: MultiTaskModel, total: Tensor | None = None) -> None:
     """
     if total is None:
         total = sum(model(example_batch(model)).values())
-    ups = {name: layer.up for name, layer in model.summary.layers.items()}
-    # A fresh layer's up-projections are zero: they alone have a slope yet.
-    slopes = torch.autograd.grad(total, list(ups.values()), allow_unused=True)
-    dead = [name for name, slope in zip(ups, slopes) if slope is None or not slope.any()]
+    parameters = [(name, p) for name, layer in model.summary.layers.items() for p in adapter_parameters(layer).values()
+                  if p.requires_grad]
+    slopes = torch.autograd.grad(total, [p for _, p in parameters], allow_unused=True) if parameters else ()
+    # Of a fresh layer only what starts at zero, such as the up-projections, has a slope yet.
+    alive = {name for (name, _), slope in zip(parameters, slopes) if slope is not None and slope.any()}
+    dead = [name for name in model.summary.layers if name not in alive]
     if dead:
         more = f" and {len(dead) - 20} more" if len(dead) > 20 else ""
         raise UserError(f"{len(dead)} adapters get no gradient and would never learn: {', '.join(dead[:20])}{more}; "

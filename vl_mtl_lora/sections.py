@@ -20,15 +20,22 @@ class BackboneConfig(_Strict):
 
 
 class AdapterSection(_Strict):
-    """Hyperparameters of the MTL-LoRA layers; see `lora.MTLLoRALinear` and `lora.AdapterConfig`."""
+    """Hyperparameters of the adapters; see `layer.MTLLoRALinear`, `variants` and `lora.AdapterConfig`."""
 
+    method: Literal["mtl_lora", "multi_lora", "moe_lora", "dora", "full", "heads"] = "mtl_lora"
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0)
     num_up: int = Field(3, ge=1)
     temperature: float = Field(0.5, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    transform: Literal["full", "diagonal"] = "full"
+    transform: Literal["full", "diagonal", "none", "own"] = "full"  # of mtl_lora
     targets: list[str] = Field(["*"], min_length=1)
+
+    @model_validator(mode="after")
+    def _transform_fits(self):
+        if self.method != "mtl_lora" and "transform" in self.model_fields_set and self.transform != "full":
+            raise ValueError(f"transform: {self.transform} belongs to method: mtl_lora, not to {self.method}")
+        return self
 
 
 class CommonTaskSection(_Strict):

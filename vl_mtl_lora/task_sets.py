@@ -113,6 +113,7 @@ def start_from(model: MultiTaskModel, config: RunConfig) -> None:
     if config.start.run is None:
         return
     old = read_task_set(config.start.run)
+    _check_joinable(old.config)
     if old.base != model.fingerprint:
         raise UserError(f"start.run: {old.folder} was trained on another base ({old.config.backbone.model_dump()}): "
                         "set backbone to that")
@@ -128,7 +129,7 @@ def start_from(model: MultiTaskModel, config: RunConfig) -> None:
                 part.copy_(tensor)
     if not config.start.rehearse:
         for name in old.adapters:
-            adapters[name].requires_grad_(name.endswith(_OWN))
+            adapters[name].requires_grad_(name.endswith(_OWN) and adapters[name].requires_grad)  # "none" stays fixed
         for name, parameter in heads.items():
             parameter.requires_grad_(_task_of(name) in config.start.train)
     log.info("from %s: %s; training %s%s", old.folder, ", ".join(old.config.tasks), ", ".join(config.start.train),
@@ -204,6 +205,7 @@ def _write(out: str | Path, config: RunConfig, sets: list[TaskSet]) -> None:
     if out.exists():
         raise UserError(f"--out: {out} is already there; give a folder that is not")
     config = parse_config(config.model_copy(update={"out": str(out)}).model_dump())
+    _check_joinable(config)
     like = build_model(config, dry_run="shapes")
     owners = {name: next(one for one in sets if name in one.config.tasks) for name in config.tasks}
     adapters = {}
@@ -237,6 +239,15 @@ def _config(config: RunConfig, tasks: Mapping[str, TaskSection], ignored: Iterab
     ignored = [tag for tag in dict.fromkeys([*config.data.ignore_tasks, *ignored]) if tag not in known]
     data = config.data.model_copy(update={"mixing": mixing, "ignore_tasks": ignored})
     return parse_config(config.model_copy(update={"tasks": dict(tasks), "data": data, "start": start}).model_dump())
+
+
+def _check_joinable(config: RunConfig) -> None:
+    """Raises UserError where tasks have nothing of their own beside what they share, or share nothing."""
+    method, transform = config.adapter.method, config.adapter.transform
+    if method not in ("mtl_lora", "moe_lora") or transform == "own":
+        kind = f"adapter.transform: {transform}" if method == "mtl_lora" else f"adapter.method: {method}"
+        raise UserError(f"{kind} has no A and B that tasks share beside something of their own: tasks cannot join, "
+                        "leave or be renamed; train all of them in one run")
 
 
 def _check_known(old: TaskSet, task: str) -> None:

@@ -239,10 +239,11 @@ def build_stream(config: RunConfig, model: MultiTaskModel, indices: Mapping[str,
 
 
 def build_optimizer(model: MultiTaskModel, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over adapters and heads. Decay would pull Lambda to zero instead of the identity: only A and B take it."""
+    """AdamW over adapters and heads. Decay would pull Lambda to zero instead of the identity: only A and B take it, and
+    what is added to a whole weight."""
     decayed, free = [], []
     for name, parameter in model.adapter_state().items():
-        (decayed if name.endswith((".down", ".up")) else free).append(parameter)
+        (decayed if name.endswith((".down", ".up", ".delta")) else free).append(parameter)
     free += model.head_state().values()
     return torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay},
                               {"params": free, "weight_decay": 0.0}], lr=lr, fused=True)
