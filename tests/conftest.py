@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.downloads import SCRIPTS
 from vl_mtl_lora import cli, load_backbone, parse_config, write_shards
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two tests run at a time
 os.environ["HF_HUB_OFFLINE"] = "1"  # also of the processes that tests start
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 
