@@ -157,7 +157,7 @@ def _noun(t: Thing, rng: random.Random, detail=0.5) -> str:
     return f"{size}{t.colour} {t.shape}"
 
 
-def _article(noun: str) -> str:
+def article(noun: str) -> str:
     return ("an " if noun[0] in "aeio" else "a ") + noun
 
 
@@ -168,7 +168,7 @@ def describe(things: list[Thing], rng: random.Random) -> str:
         t = things[0]
         plural = "es" if t.shape.endswith("s") else "s"
         return f"{NUMBERS[len(things)]} {t.colour} {t.shape}{plural}"
-    nouns = [_article(_noun(t, rng, 0.4)) for t in things]
+    nouns = [article(_noun(t, rng, 0.4)) for t in things]
     if len(things) == 1:
         t = things[0]
         place = f"at the {t.place}" if rng.random() < 0.5 else ""
@@ -209,7 +209,7 @@ def state(things: list[Thing], rng: random.Random, truth: bool) -> str:
     else:
         form = rng.choice(("there is no {n}", "no {n} is present", "the image does not contain {a}", "there is not {a}",
                            "no {n} is in the image", "{a} is not present", "no {n}"))
-    return form.format(a=_article(noun), n=noun)
+    return form.format(a=article(noun), n=noun)
 
 
 def attribute(things: list[Thing], rng: random.Random) -> str:
@@ -219,9 +219,9 @@ def attribute(things: list[Thing], rng: random.Random) -> str:
     if [o.shape for o in things].count(t.shape) == 1:
         sentences += [f"the color of the {t.shape} is {t.colour}", f"the {t.shape} is {t.colour}"]
     if [o.colour for o in things].count(t.colour) == 1:
-        sentences += [f"the {t.colour} shape is {_article(t.shape)}", f"the {t.colour} object is {_article(t.shape)}"]
+        sentences += [f"the {t.colour} shape is {article(t.shape)}", f"the {t.colour} object is {article(t.shape)}"]
     if len(things) == 1:
-        sentences += [f"the shape is {_article(t.shape)}", f"the color is {t.colour}", f"the shape is {t.size}",
+        sentences += [f"the shape is {article(t.shape)}", f"the color is {t.colour}", f"the shape is {t.size}",
                       f"the shape is at the {t.place}"]
     sentences += [f"the image contains {NUMBERS[len(things)]} shapes" if len(things) > 1 else
                   "the image contains one shape"]

@@ -23,7 +23,8 @@ ORDER = ["errors", "ranks", "sections", "config", "routing", "metrics.bootstrap"
          "checkpoint", "task_sets", "resume", "safe_files", "export", "sources", "importing", "anatomy", "embeddings",
          "evaluate", "journal", "trainer", "bench_loader", "bench_arms", "bench", "results", "evaluation",
          "bench_retrieval", "forgetting", "gallery", "drawings", "report", "compare", "side_by_side", "push",
-         "quickstart", "", "predict_files", "page", "cli_data", "cli_tasks", "cli", "__main__"]
+         "quickstart", "sweep_plan", "sweep_run", "sweep", "sweep_report", "",
+         "predict_files", "page", "cli_data", "cli_tasks", "cli", "__main__"]
 HOMES = {"open_clip": "backbones", "timm": "backbones", "transformers": "backbones", "webdataset": "data"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

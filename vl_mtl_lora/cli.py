@@ -253,6 +253,21 @@ def bench(config: Config, overrides: Overrides = None,
     print(f"{table(result)}\n\nresult: {out}")
 
 
+@app.command()
+def sweep(config: Annotated[Path, typer.Argument(metavar="SWEEP", help="YAML file of the sweep")],
+          overrides: Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]...", help="values of that file to "
+                                                         "replace, e.g. jobs=4")] = None):
+    """Holds methods against each other: tunes, trains and tests each with every seed. Run again, it goes on."""
+    from vl_mtl_lora.sweep import sweep as run
+    from vl_mtl_lora.sweep_plan import load_sweep
+    from vl_mtl_lora.sweep_report import plotting, write_report
+
+    plan = load_sweep(config, overrides or [])
+    plotting()  # before the work, not after it
+    print(write_report(plan, run(plan), plan.out))
+    print(f"report: {Path(plan.out) / 'report.md'}, {Path(plan.out) / 'parameters.svg'}")
+
+
 @app.command("bench-retrieval")
 def bench_retrieval(images: Annotated[int, typer.Option(help="the most of them, each with five texts", min=8)] = 5000,
                     dim: Annotated[int, typer.Option(help="of the embeddings", min=1)] = 512,

@@ -2,18 +2,20 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
 from vl_mtl_lora.errors import UserError, did_you_mean
-from vl_mtl_lora.sections import TASK_SECTIONS, CommonTaskSection, RunConfig, TaskSection
+from vl_mtl_lora.sections import TASK_SECTIONS, CommonTaskSection, RunConfig, Strict, TaskSection
 
 _DEEPEST, _MOST = 50, 1_000_000  # levels and entries of a config; aliases can make more of a few lines
 _TASKS = ("tasks", "held_out")  # sections of task sections
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+StrictT = TypeVar("StrictT", bound=Strict)
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,32 +47,46 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     Raises:
         UserError: one message that lists every mistake with file, line, value, and the nearest valid name.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config {path}: {error}") from error
-    data, lines = _parse(text, str(path))
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping with the keys {', '.join(RunConfig.model_fields)}")
-    for override in overrides:
-        apply_override(data, override)
-    return parse_config(data, where=lambda loc: f"{path}:{_nearest(lines, loc)}" if _nearest(lines, loc) else str(path),
-                        root=path.parent)
+    data, where = _read(path, RunConfig, overrides)
+    return parse_config(data, where, root=Path(path).parent)
+
+
+def load_strict(path: str | Path, model: type[StrictT], overrides: list[str] = ()) -> StrictT:
+    """As `load_config`, a file of another kind. Raises UserError."""
+    data, where = _read(path, model, overrides)
+    return _validated(data, model, where)
 
 
 def parse_config(data: dict, where=lambda loc: "config", root: Path = Path(".")) -> RunConfig:
     """A plain dict -> RunConfig; `where` names the place of a key, `root` is what relative shard paths start from."""
-    try:
-        config = RunConfig.model_validate(data)
-    except ValidationError as error:
-        mistakes = [_describe(mistake, where, data) for mistake in error.errors()]
-        raise UserError("\n".join(dict.fromkeys(mistakes))) from error
+    config = _validated(data, RunConfig, where)
     start = config.start if config.start.run is None else config.start.model_copy(update={
         "run": str((root / Path(config.start.run).expanduser()).resolve())})
     return config.model_copy(update={"start": start} | {key: {
         name: task.model_copy(update=_shards(task, where, (key, name), root) | _lists(task, where, (key, name), root))
         for name, task in getattr(config, key).items()} for key in _TASKS})
+
+
+def _read(path: str | Path, model: type[Strict], overrides: list[str]) -> tuple[dict, Callable[[tuple], str]]:
+    """(what the file holds, with the overrides; where in it a key stands)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}: {error}") from error
+    data, lines = _parse(text, str(path))
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping with the keys {', '.join(model.model_fields)}")
+    for override in overrides:
+        apply_override(data, override)
+    return data, lambda loc: f"{path}:{_nearest(lines, loc)}" if _nearest(lines, loc) else str(path)
+
+
+def _validated(data: dict, model: type[StrictT], where: Callable[[tuple], str]) -> StrictT:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        mistakes = [_describe(mistake, model, where, data) for mistake in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(mistakes))) from error
 
 
 def _shards(task: TaskSection, where, at: tuple[str, str], root: Path) -> dict[str, list[str]]:
@@ -164,14 +180,14 @@ def _nearest(lines: dict[tuple, int], loc: tuple) -> int | None:
     return lines.get(loc)
 
 
-def _describe(mistake: dict, where, data: dict) -> str:
+def _describe(mistake: dict, model: type[Strict], where: Callable[[tuple], str], data: dict) -> str:
     # Tags of the task union are no keys of the file.
     raw = mistake["loc"] or ("config",)
     loc = (*raw[:2], *raw[3:]) if raw[0] in _TASKS and len(raw) > 2 and raw[2] in TASK_SECTIONS else raw
     key, value = ".".join(map(str, loc)), mistake.get("input")
     place = where(loc)
     if mistake["type"] == "extra_forbidden":
-        return f"{place}: {key}: unknown key{did_you_mean(str(loc[-1]), _valid_keys(loc[:-1], data))}"
+        return f"{place}: {key}: unknown key{did_you_mean(str(loc[-1]), _valid_keys(model, loc[:-1], data))}"
     if mistake["type"] == "missing":
         return f"{place}: {key}: missing"
     if mistake["type"].startswith("union_tag"):
@@ -189,12 +205,11 @@ def _choices(message: str) -> list[str]:
     return [part for part in message.split("'")[1::2]]
 
 
-def _valid_keys(loc: tuple, data: dict) -> list[str]:
-    model: Any = RunConfig
-    for i, part in enumerate(loc):
-        if i == 1 and loc[0] in _TASKS:
-            task = data[loc[0]][part]
-            model = TASK_SECTIONS.get(task.get("kind", part), CommonTaskSection)
-        elif i != 0 or part not in _TASKS:
-            model = model.model_fields[part].annotation
-    return list(model.model_fields)
+def _valid_keys(model: type[Strict], loc: tuple, data: Any) -> list[str]:
+    at: Any = model
+    for part in loc:
+        at = get_args(at)[1] if get_origin(at) is dict else at.model_fields[part].annotation
+        data = data[part]
+        if get_origin(at) is Annotated:  # the union of task sections
+            at = TASK_SECTIONS.get(data.get("kind", part), CommonTaskSection)
+    return list(at.model_fields)

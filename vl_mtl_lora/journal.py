@@ -21,7 +21,8 @@ class Meter:
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
-        self._batches = self._rows = 0
+        self._batches: dict[str, int] = {}  # by loss: not every batch has every task
+        self._rows = 0
         self.restart()
 
     def restart(self) -> None:
@@ -38,14 +39,14 @@ class Meter:
     def add(self, rows: int, losses: dict[str, Tensor]) -> None:
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + loss.detach()
-        self._batches += 1
+            self._batches[name] = self._batches.get(name, 0) + 1
         self._rows += rows
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
         """(mean loss by name, samples per second and the share of the time that went into waiting for data), over all
         processes, which must all call it."""
         passed = time.perf_counter() - self._start
-        own = ({name: float(value) / self._batches for name, value in self._sums.items()},
+        own = ({name: float(value) / self._batches[name] for name, value in self._sums.items()},
                self._rows / passed, self._waited / passed)
         self.__init__()
         means, speeds, waits = zip(*everyone(own))

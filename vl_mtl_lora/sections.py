@@ -6,11 +6,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A section of a file, of which every key and value is checked."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class BackboneConfig(_Strict):
+class BackboneConfig(Strict):
     """The frozen model. `options` go to the library's loader: see the `load` function in backbones/<library>.py."""
 
     library: str = "open_clip"
@@ -19,7 +21,7 @@ class BackboneConfig(_Strict):
     options: dict[str, Any] = {}
 
 
-class AdapterSection(_Strict):
+class AdapterSection(Strict):
     """Hyperparameters of the adapters; see `layer.MTLLoRALinear`, `variants` and `lora.AdapterConfig`."""
 
     method: Literal["mtl_lora", "multi_lora", "moe_lora", "dora", "full", "heads"] = "mtl_lora"
@@ -38,7 +40,7 @@ class AdapterSection(_Strict):
         return self
 
 
-class CommonTaskSection(_Strict):
+class CommonTaskSection(Strict):
     """What every task has. Shards are paths, globs, brace ranges or URLs; relative paths are relative to the config."""
 
     tag: str | None = Field(None, min_length=1)  # of the task's samples in the shards; default: the task's name
@@ -160,10 +162,11 @@ TaskSection = Annotated[RetrievalSection | VQASection | CaptioningSection | Clas
                         | MultipleChoiceSection | MatchingSection, Field(discriminator="kind")]
 
 
-class MixingSection(_Strict):
+class MixingSection(Strict):
     """How many rows of a batch each task gets; see `data.mixing.expected_rows`."""
 
     by: Literal["quotas", "proportional", "temperature", "weights"] = "quotas"  # quotas: tasks.NAME.rows
+    turns: bool = False  # each batch is of one task, in turn; else of all
     rows: int | None = Field(None, ge=1)  # of a batch, unless by quotas; default: the sum of the quotas
     temperature: float | None = Field(None, ge=1)
     cap: int | None = Field(None, ge=1)  # larger tasks count as if they had so many samples
@@ -182,7 +185,7 @@ class MixingSection(_Strict):
         return self
 
 
-class DataSection(_Strict):
+class DataSection(Strict):
     workers: int = Field(0, ge=0)  # loader processes; the order of samples does not depend on it
     mixing: MixingSection = MixingSection()
     shuffle: int = Field(100_000, ge=1)  # samples of each window in which a task's order is shuffled
@@ -193,7 +196,7 @@ class DataSection(_Strict):
     eval_batch: int = Field(64, ge=1)  # rows
 
 
-class TrainSection(_Strict):
+class TrainSection(Strict):
     steps: int = Field(1000, ge=1)  # optimizer steps
     lr: float = Field(3e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)  # of A and B; Lambda, mix and heads take none
@@ -211,7 +214,7 @@ class TrainSection(_Strict):
     shard: bool = False  # with several processes, spread the weights over them (FSDP2) instead of copying them (DDP)
 
 
-class StartSection(_Strict):
+class StartSection(Strict):
     """A trained adapter that the run starts from, in place of a fresh one; see `task_sets`."""
 
     run: str | None = None  # folder of a run or of a checkpoint
@@ -225,7 +228,7 @@ class StartSection(_Strict):
         return self
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """One experiment."""
 
     out: str  # the run's folder

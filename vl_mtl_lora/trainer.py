@@ -217,8 +217,10 @@ def build_stream(config: RunConfig, model: MultiTaskModel, indices: Mapping[str,
     It holds copies of the tasks, since loader processes cannot take over parameters that lie on a GPU.
 
     Raises:
-        UserError: a batch of data.mixing.rows is too small for the tasks.
+        UserError: a batch of data.mixing.rows is too small for the tasks; several processes with data.mixing.turns.
     """
+    if config.data.mixing.turns and world() > 1:
+        raise UserError("data.mixing.turns: several processes train on batches of all tasks only; leave it out")
     feeds = []
     options = [({} if section.augment is True else section.augment) if section.augment else None
                for section in config.tasks.values()]
@@ -235,7 +237,7 @@ def build_stream(config: RunConfig, model: MultiTaskModel, indices: Mapping[str,
                              temperature=mixing.temperature, cap=mixing.cap, weights=mixing.weights)
     return BatchStream(feeds, [rows[name] for name in indices], ids=[model.router.index(name) for name in indices],
                        collate_images=model.backbone.collate_images, seed=config.train.seed, window=config.data.shuffle,
-                       world=world(), start=start, used=used)
+                       world=world(), start=start, used=used, turns=mixing.turns)
 
 
 def build_optimizer(model: MultiTaskModel, lr: float, weight_decay: float) -> torch.optim.AdamW:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vl_mtl_lora.data.faults import Fault, FaultLog
 from vl_mtl_lora.data.index import TaskIndex
-from vl_mtl_lora.data.mixing import SampleOrder, Schedule
+from vl_mtl_lora.data.mixing import SampleOrder, Schedule, Turns
 from vl_mtl_lora.data.pictures import decode_image
 from vl_mtl_lora.data.schema import Sample
 from vl_mtl_lora.errors import BadSample, UserError
@@ -33,8 +33,9 @@ class Batch:
     """Samples sorted by task, in the router's order, and their P pictures in the same order.
 
     images: what the backbone collated, for most (P, 3, H, W); None without any picture. ids: (P,) each picture's task
-    id, on the CPU. slices: a task's pictures; of a task with k pictures per sample, sample i has numbers k * i to
-    k * i + k - 1 of them. inputs: each task's own collated tensors. keys: of the samples. index: the batch's number.
+    id, on the CPU. slices: the pictures of each task in it; of a task with k pictures per sample, sample i has numbers
+    k * i to k * i + k - 1 of them. inputs: each task's own collated tensors. keys: of the samples. index: the batch's
+    number.
     epochs: how often each task's samples have all been seen after this batch, 1.5 for one and a half times.
     checked: (task, fault or None) of every sample that was read. faults: those of them not told before.
     """
@@ -73,7 +74,8 @@ class Feed:
 class BatchStream(Dataset):
     """`stream[n]` is batch number n, from 0 on without end.
 
-    rows: of each task in a batch, in the feeds' order; where they are no whole numbers, on the long average.
+    rows: of each task in a batch, in the feeds' order; where they are no whole numbers, on the long average. turns:
+    instead a batch has so many rows in all, of one task, on the long average as many of each; see `Turns`.
     ids: of the feeds' tasks; default: 0, 1 and so on. collate_images: the pictures of a batch -> the tensor of them.
     window: see `SampleOrder`.
     world: ranks that share the stream. used: (T,) samples of each task used before turn `start`, by however many ranks
@@ -82,13 +84,15 @@ class BatchStream(Dataset):
 
     def __init__(self, feeds: Sequence[Feed], rows: Sequence[float], *, ids: Sequence[int] | None = None,
                  collate_images: Callable[[list], Any] = default_collate, seed: int = 0, window: int = 100_000,
-                 world: int = 1, start: int = 0, used: Sequence[int] | None = None):
+                 world: int = 1, start: int = 0, used: Sequence[int] | None = None, turns: bool = False):
         self.feeds, self.seed, self.collate_images, self.world = list(feeds), seed, collate_images, world
+        self.tasks = [feed.index.source.task for feed in self.feeds]
         self.ids = list(range(len(self.feeds)) if ids is None else ids)
-        self.schedule = Schedule(rows, seed=seed)
+        self.schedule = (Turns if turns else Schedule)(rows, seed=seed)
         _, before = self.schedule(start)
         self._lead = [0] * len(feeds) if used is None else [n - world * first for n, first in zip(used, before)]
-        self.orders = [SampleOrder(f.index.source.task, f.index.sizes, seed=seed, window=window) for f in self.feeds]
+        self.orders = [SampleOrder(task, feed.index.sizes, seed=seed, window=window)
+                       for task, feed in zip(self.tasks, self.feeds)]
 
     def __getitem__(self, number: int) -> "Batch | UserError":
         """A UserError is returned, not raised, so that it reaches the main process as it is."""
@@ -117,6 +121,8 @@ class BatchStream(Dataset):
         places, epochs = self.places(number)
         for task_id, feed, rows in zip(self.ids, self.feeds, places):
             task = feed.index.source.task
+            if not rows:
+                continue
             with _pinned(rng.getrandbits(48)):
                 pictures, samples = _read(feed, rows, checked)
             slices[task] = slice(len(images), len(images) + len(pictures))
@@ -125,7 +131,7 @@ class BatchStream(Dataset):
             keys += [sample.key for sample in samples]
             inputs[task] = feed.collate(samples, rng)
         return Batch(self.collate_images(images) if images else None, torch.tensor(ids, dtype=torch.long), slices,
-                     inputs, keys, number, dict(zip(slices, epochs)), checked)
+                     inputs, keys, number, dict(zip(self.tasks, epochs)), checked)
 
 
 @contextmanager

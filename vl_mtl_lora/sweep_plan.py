@@ -1,0 +1,191 @@
+"""What a sweep runs: methods x budgets x learning rates x seeds over one config, methods matched by their size."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from vl_mtl_lora.config import load_config, load_strict
+from vl_mtl_lora.errors import UserError, did_you_mean
+from vl_mtl_lora.model import build_model
+from vl_mtl_lora.sections import MixingSection, RunConfig, Strict
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.,+=-]*$")]  # also of a folder
+
+
+class TuningSection(Strict):
+    """The learning rate is the one of `values` with the best valid score, for each method and budget by itself."""
+
+    values: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    seed: int = Field(1000, ge=0, lt=2**32)
+
+
+class MethodSection(Strict):
+    """A method: what it changes in the config."""
+
+    set: list[str] = []  # key.key=value
+    parameters: float | None = Field(None, gt=0)  # the largest rank with at most so many times those of `match`
+    alone: bool = False  # each task is trained by itself
+
+
+class SweepConfig(Strict):
+    """A sweep. `config` is relative to the sweep's file."""
+
+    out: str
+    config: str
+    set: list[str] = []  # for all runs
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(min_length=2)
+    lr: TuningSection
+    budgets: dict[Name, list[str]] = Field(min_length=1)
+    methods: dict[Name, MethodSection] = Field(min_length=2)
+    reference: str  # the method that others are compared with
+    match: str  # the method whose trainable parameters `parameters` multiplies
+    groups: dict[Name, list[str]] = {}  # of tasks, to be reported by themselves
+    metrics: dict[str, str] = {}  # by task, what stands for it in place of its primary metric
+    jobs: int = Field(1, ge=1)  # runs at the same time
+
+    @model_validator(mode="after")
+    def _fits(self):
+        for key in ("reference", "match"):
+            if (name := getattr(self, key)) not in self.methods:
+                raise ValueError(f"{key}: no method {name!r}{did_you_mean(name, self.methods)}")
+        if self.methods[self.match].parameters is not None:
+            raise ValueError(f"match: {self.match} has `parameters` itself")
+        if len(set(self.seeds)) < len(self.seeds) or self.lr.seed in self.seeds:
+            raise ValueError("seeds must be distinct, and lr.seed none of them: nothing is tuned on what is reported")
+        if sum(method.alone for method in self.methods.values()) > 1:
+            raise ValueError("only one method can be `alone`: what others are measured by")
+        return self
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One training.
+
+    name: of its folder below the sweep's. task: the only one it has, None where it has all. parameters: trainable ones,
+    heads included. split: on which it is measured. digest: of all that decides the outcome.
+    """
+
+    name: str
+    method: str
+    budget: str
+    lr: float
+    seed: int
+    task: str | None
+    split: str
+    parameters: int
+    config: RunConfig
+    digest: str
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Reads a sweep's YAML file. Raises UserError as `load_config`."""
+    sweep = load_strict(path, SweepConfig, list(overrides))
+    return sweep.model_copy(update={"config": str(Path(path).parent / Path(sweep.config).expanduser())})
+
+
+def check_sweep(sweep: SweepConfig) -> None:
+    """Raises UserError for what would show only in the middle: a method that cannot be built, shards not named."""
+    for method in sweep.methods:
+        for budget in sweep.budgets:
+            config = load_config(sweep.config, settings(sweep, method, budget))
+            for split in ("test", "valid") if len(sweep.lr.values) > 1 else ("test",):
+                if lacking := [name for name, task in config.tasks.items() if not getattr(task, split)]:
+                    raise UserError(f"{sweep.config}: tasks.{lacking[0]}.{split}: missing; "
+                                    + ("methods are compared" if split == "test" else "learning rates are tuned")
+                                    + " on it")
+            for key, names in {"metrics": sweep.metrics, **{f"groups.{g}": n for g, n in sweep.groups.items()}}.items():
+                if unknown := [name for name in names if name not in config.tasks]:
+                    raise UserError(f"{key}: no task {unknown[0]!r}", near=(unknown[0], config.tasks))
+
+
+def sweep_runs(sweep: SweepConfig, method: str, budget: str, lr: float, seeds: Sequence[int],
+               split: str) -> Iterator[SweepRun]:
+    """The trainings of a method with a learning rate, one for each seed, and task where tasks are trained alone."""
+    text = Path(sweep.config).read_text(encoding="utf-8")
+    for seed in seeds:
+        overrides = [*settings(sweep, method, budget), f"train.lr={lr!r}", f"train.seed={seed}"]
+        whole = load_config(sweep.config, overrides)
+        if split == "test" and not whole.train.eval_every:  # then the valid split chooses nothing
+            whole = _with_tasks(whole, {name: {"valid": []} for name in whole.tasks})
+        for task in whole.tasks if sweep.methods[method].alone else (None,):
+            config = alone(whole, task) if task else whole
+            name = "/".join([method, budget, f"lr-{lr:g}", f"seed-{seed}", *([task] if task else [])])
+            config = config.model_copy(update={"out": str(Path(sweep.out) / name)})
+            digest = hashlib.sha256(json.dumps([text, overrides, task]).encode()).hexdigest()[:16]
+            yield SweepRun(name, method, budget, lr, seed, task, split, trainable_parameters(config), config, digest)
+
+
+def settings(sweep: SweepConfig, method: str, budget: str) -> list[str]:
+    """What a method and a budget change in the config, the matched rank included."""
+    section = sweep.methods[method]
+    overrides = [*sweep.set, *sweep.budgets[budget], *section.set]
+    if section.parameters is None:
+        return overrides
+    adapter = load_config(sweep.config, overrides).adapter
+    most = section.parameters * _size(sweep.config, tuple(settings(sweep, sweep.match, budget)))
+    rank = _matched_rank(method, sweep.config, tuple(overrides), most)
+    return [*overrides, f"adapter.rank={rank}", f"adapter.alpha={float(adapter.alpha / adapter.rank * rank)!r}"]
+
+
+def alone(config: RunConfig, task: str) -> RunConfig:
+    """A config of one of its tasks, with that task's quota of rows; the others' samples are passed over."""
+    tags = {name: section.tag or name for name, section in config.tasks.items()}
+    others = set(tags.values()) - {tags[task]}
+    data = config.data.model_copy(update={
+        "mixing": MixingSection(), "ignore_tasks": sorted({*config.data.ignore_tasks, *others})})
+    return config.model_copy(update={"tasks": {task: config.tasks[task]}, "held_out": {}, "data": data})
+
+
+@cache
+def _matched_rank(method: str, config: str, overrides: tuple[str, ...], most: float) -> int:
+    """The largest rank with at most so many trainable parameters; 1 where even that has more."""
+    def fits(rank: int) -> bool:
+        return _size(config, (*overrides, f"adapter.rank={rank}")) <= most
+
+    if _size(config, (*overrides, "adapter.rank=1")) == _size(config, (*overrides, "adapter.rank=2")):
+        raise UserError(f"methods.{method}.parameters: its size does not depend on a rank; leave it out")
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@cache
+def _size(config: str, overrides: tuple[str, ...]) -> int:
+    return trainable_parameters(load_config(config, list(overrides)))
+
+
+def trainable_parameters(config: RunConfig) -> int:
+    """Of adapters and heads. Needs no weights."""
+    model = build_model(config, dry_run="shapes")
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _with_tasks(config: RunConfig, updates: Mapping[str, Mapping]) -> RunConfig:
+    return config.model_copy(update={"tasks": {
+        name: task.model_copy(update=updates[name]) for name, task in config.tasks.items()}})
+
+
+def task_values(sweep: SweepConfig, record: Mapping) -> dict[str, float]:
+    """Each task's figure in a run's record. Raises UserError where `metrics` names one that the task has not."""
+    metrics = {task: sweep.metrics.get(task, primary) for task, primary in record["primary"].items()}
+    for task, metric in metrics.items():
+        if metric not in record["tasks"][task]:
+            raise UserError(f"metrics.{task}: no metric {metric!r}", near=(metric, record["tasks"][task]))
+    return {task: record["tasks"][task][metric] for task, metric in metrics.items()}
+
+
+def valid_score(sweep: SweepConfig, records: Sequence[Mapping]) -> float:
+    """The mean over tasks of log(1 + figure), as `evaluate.primary_score`, of the records of one setting."""
+    values = [value for record in records for value in task_values(sweep, record).values()]
+    return sum(map(math.log1p, values)) / len(values)
