@@ -78,6 +78,15 @@ class Download:
             if line.strip():
                 yield _parsed(line, f"{found}:{number}")
 
+    def lines(self, name: str) -> Iterator[str]:
+        """The lines of a text file, without their ends."""
+        found = self._annotations(name)
+        for number, line in enumerate(io.BytesIO(_read(found)), 1):
+            try:
+                yield line.decode("utf-8-sig").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{found}:{number} is no text in UTF-8 ({error}): download it again") from error
+
     def image(self, *names: str) -> "Picture":
         """A picture by its official path, or by the first of several; nothing is looked for before it is read."""
         return Picture(self, names)
@@ -129,6 +138,13 @@ def _parsed(data: bytes, where: Any) -> Any:
 def texts(values: Iterable[str]) -> list[str]:
     """Texts without outer spaces; blank ones, which some annotators left, are dropped."""
     return [text for value in values if (text := value.strip())]
+
+
+def held_out(rows: Iterable[Any], split: str, most: int) -> list[Any]:
+    """Of training rows "valid" is the last tenth, at most so many, and "train" the others; "test" is all of its own."""
+    rows = list(rows)
+    cut = len(rows) - min(most, len(rows) // 10)
+    return {"train": rows[:cut], "valid": rows[cut:], "test": rows}[split]
 
 
 def karpathy_captions(download: Download, name: str, splits: Sequence[str], tasks: Sequence[str]) -> Iterator[dict]:

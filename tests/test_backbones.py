@@ -18,6 +18,8 @@ from vl_mtl_lora.backbones.hf_chat import expand
 from vl_mtl_lora.flops import batch_flops, launches
 from vl_mtl_lora.inspection import inspect
 from vl_mtl_lora.model import check_gradients, checkpoint_blocks, example_batch
+from vl_mtl_lora.sections import MultipleChoiceSection
+from vl_mtl_lora.tasks import build_tasks
 from vl_mtl_lora.trainer import train
 
 EMBED_ONLY = ["oc_hf_text"]
@@ -213,6 +215,48 @@ def test_rows_with_several_pictures_are_those_pictures_alone(load, name):
             one = backbone.encode_image(backbone.collate_images([[first, second]]))
     torch.testing.assert_close(mixed[0, :len(prompts[0])], alone[0, :len(prompts[0])], atol=2e-4, rtol=1e-5)
     torch.testing.assert_close(embedded[:1], one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_texts_about_no_picture(load, name):
+    backbone = load(name)
+    if "generate_text" not in backbone.capabilities:
+        with pytest.raises(UserError, match="needs a backbone that can generate_text"):
+            section = MultipleChoiceSection(images=0, answer_by="ranking", train=["-"])
+            build_tasks({"choice": section}, backbone)
+        return
+    router, text = TaskRouter(["a", "b"]), backbone.text
+    summary = inject(backbone, AdapterConfig(rank=4), router, {"generate_text"})
+    prompts = text.prompts(PROMPTS, [1] * 3, [0] * 3)
+    tokens = pad_ids(prompts, text.pad_id)
+    with torch.no_grad(), router.off():
+        logits = backbone.token_logits(backbone.no_pictures(3), tokens)
+        said = backbone.generate(backbone.no_pictures(3), PROMPTS, max_new_tokens=3)
+        if name in CHAT:  # what the library does with a text alone
+            for i, prompt in enumerate(prompts):
+                ids = torch.tensor([prompt])
+                torch.testing.assert_close(logits[i, :len(prompt)], backbone.model(input_ids=ids).logits[0], atol=1e-4,
+                                           rtol=1e-4)
+                theirs = backbone.model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, num_beams=1,
+                                                 eos_token_id=text.eos_id, pad_token_id=text.pad_id,
+                                                 suppress_tokens=[backbone.image_id, text.image_id])
+                assert text.decode(theirs[0, len(prompt):].tolist()) == said[i]
+        else:
+            pictured = backbone.token_logits(backbone.collate_images(pictures(backbone)), tokens)
+            assert not torch.allclose(pictured[0, 0], logits[0, 0], atol=1e-3)
+    randomize(summary)
+    with torch.no_grad():
+        with router.use(text=torch.tensor([0, 1, 0])):
+            mixed = backbone.token_logits(backbone.no_pictures(3), tokens)
+        for row, task in enumerate("aba"):
+            with router.use(task):
+                alone = backbone.token_logits(backbone.no_pictures(1), tokens[row:row + 1])
+            torch.testing.assert_close(mixed[row:row + 1], alone, atol=1e-3, rtol=1e-3)
+    assert all(layer.tower in backbone.text_towers for layer in summary.layers.values())
+    with router.use("a"):
+        total = backbone.token_logits(backbone.no_pictures(3), tokens).square().mean()
+    slopes = torch.autograd.grad(total, [layer.up for layer in summary.layers.values()])
+    assert all(slope.any() for slope in slopes)  # every adapter is read
 
 
 @pytest.mark.parametrize("name", WRITERS)

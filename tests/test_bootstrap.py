@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from vl_mtl_lora.metrics.bootstrap import Metric, interval, mean, median, paired_interval
-from vl_mtl_lora.metrics.classification import concordance, mean_per_class_accuracy, topk_accuracy
+from vl_mtl_lora.metrics.classification import (
+    concordance,
+    f1,
+    matthews_correlation,
+    mean_per_class_accuracy,
+    spearman,
+    topk_accuracy,
+)
 
 
 def test_the_interval_of_a_mean_is_the_normal_one_where_there_are_many():
@@ -57,7 +64,8 @@ def drawn_by_hand(metric_of, values, clusters, drawn):
     return metric_of(*(np.asarray(part)[rows] for part in values))
 
 
-@pytest.mark.parametrize("name", ["mean", "median", "accuracy", "per_class", "concordance"])
+@pytest.mark.parametrize("name", ["mean", "median", "accuracy", "per_class", "concordance", "f1", "matthews",
+                                  "spearman"])
 def test_resampled_figures_are_those_of_the_samples_drawn(name):
     rng = np.random.default_rng(5)
     clusters = np.sort(rng.integers(0, 12, 80))
@@ -70,6 +78,9 @@ def test_resampled_figures_are_those_of_the_samples_drawn(name):
         "accuracy": (lambda p, y, c=None: topk_accuracy(p[:, None], y, 1, c), (predictions, labels)),
         "per_class": (lambda p, y, c=None: mean_per_class_accuracy(p, y, c), (predictions, labels)),
         "concordance": (lambda s, y, c=None: concordance(s, y, c), (scores, labels)),
+        "f1": (lambda p, y, c=None: f1(p, y, c), (predictions % 2, labels % 2)),
+        "matthews": (lambda p, y, c=None: matthews_correlation(p, y, c), (predictions, labels)),
+        "spearman": (lambda s, y, c=None: spearman(s, y, c), (scores, labels)),
     }[name]
     metric = metric_of(*values, clusters)
     assert isinstance(metric, Metric) and metric.n == 80 and metric.clusters == clusters.max() + 1

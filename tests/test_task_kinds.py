@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -135,6 +136,60 @@ def test_choices_are_ranked_by_the_likelihood_of_their_tokens(tiny_backbone, ima
         assert made.predict(backbone, states, samples, False) == got.argmax(1).tolist()
     inputs = made.collate(samples, RNG)
     assert backbone.text.decode(inputs["labels"].tolist()).split()[:2] == ["dark", "blue"]  # the right one is learned
+
+
+def test_choices_of_texts_alone_are_ranked_as_those_of_pictures_are(tiny_backbone):
+    backbone = tiny_backbone()
+    backbone.model.logit_scale.data.zero_()
+    assert task(backbone, "multiple_choice", images=0).answer_by == "similarity"  # a CLIP does not write by itself
+    made = task(backbone, "multiple_choice", images=0, answer_by="ranking")
+    assert made.needs == {"generate_text"}
+    samples = choices(["red", "dark blue"], ["a circle", "blue", "green circle"])
+    prompts, wanted, total, count = made._prompts(samples), [], 0.0, 0
+    with torch.no_grad():
+        for prompt, s in zip(prompts, samples):
+            scores = []
+            for j, choice in enumerate(s.fields["choices"]):
+                before, after = backbone.text.ids([prompt, choice])
+                after = [*after, backbone.text.eos_id]
+                ids = torch.tensor([[backbone.text.bos_id, *before, *after]])
+                logp = backbone.token_logits(backbone.no_pictures(1), ids)[0].double().log_softmax(-1)
+                each = [logp[len(before) + k, token] for k, token in enumerate(after)]
+                scores.append(sum(each[:-1]) / len(each[:-1]))
+                if j == s.fields["answer"]:
+                    total, count = total - sum(each), count + len(each)
+            wanted.append(int(torch.stack(scores).argmax()))
+        assert made.predict(backbone, None, samples, False) == wanted
+        close(made.loss(backbone, None, made.collate(samples, RNG)).double(), total / count)
+
+
+def test_choices_that_are_always_the_same_are_classes(tiny_backbone):
+    samples = [sample(question="good ?", choices=["no", "yes"], answer=answer, question_id=i)
+               for i, answer in enumerate([1, 1, 0, 0, 1])]
+    made = task(tiny_backbone(), "multiple_choice", images=0, metric="F1")
+    said = [1, 0, 0, 1, 1]
+    metrics = made.score(said, samples)
+    assert made.primary == "F1" and metrics["F1"] == pytest.approx(100 * 2 / 3)
+    assert metrics["accuracy"] == 60 and metrics["Matthews"] == pytest.approx(100 * (2 * 1 - 1 * 1) / 6)
+    assert made.closed(said, samples)[:2] == [("yes", "yes"), ("yes", "no")]
+    assert "F1 is of 'yes'" in made.notes(samples)[0]
+    other = choices(["a", "b"], ["c", "d"])
+    assert "Matthews" not in task(tiny_backbone(), "multiple_choice", images=0).score([0, 0], other)
+    with pytest.raises(UserError, match="F1 is of samples that have the same two choices"):
+        made.score([0, 0], other)
+
+
+def test_matching_orders_samples_by_scores_of_their_own(tiny_backbone):
+    made = task(tiny_backbone(), "matching", images=0, labels=["0", "1", "2"], metric="Spearman")
+    samples = [sample(text="a", text_pair="b", label=label, score=score)
+               for label, score in (("0", 0.4), ("2", 1.6), ("1", 1.4), ("1", 0.6))]
+    said = [(0.1, 0), (1.0, 1), (1.2, 1), (0.9, 1)]
+    metrics = made.score(said, samples)
+    assert made.primary == "Spearman" and metrics["Spearman"] == pytest.approx(80)  # 1 - 6 * 2 / (4 * 15)
+    for s in samples:
+        del s.fields["score"]
+    assert made.score(said, samples)["Spearman"] == pytest.approx(100 * scipy.stats.spearmanr(
+        [0.1, 1.0, 1.2, 0.9], [0, 2, 1, 1]).statistic)
 
 
 @pytest.mark.parametrize("pictures", [0, 1])

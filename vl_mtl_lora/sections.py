@@ -135,14 +135,13 @@ class ClassificationSection(CommonTaskSection):
 class MultipleChoiceSection(CommonTaskSection):
     kind: Literal["multiple_choice"] = "multiple_choice"
     images: Literal[0, 1] = 1
-    answer_by: Literal["ranking", "similarity"] | None = None  # default: ranking where there is an image and a decoder
+    answer_by: Literal["ranking", "similarity"] | None = None  # default: see `tasks.multiple_choice`
     prompt: str | None = None  # default: the backbone's
     zero_shot_prompt: str = "{question} {answer}"
+    metric: Literal["accuracy", "F1", "Matthews"] = "accuracy"  # that stands for the task
 
     @model_validator(mode="after")
     def _fits(self):
-        if self.answer_by == "ranking" and not self.images:
-            raise ValueError("answer_by: ranking needs an image; without, choices are compared by similarity")
         if self.prompt is not None:
             _check_template("prompt", self.prompt, "question")
         _check_template("zero_shot_prompt", self.zero_shot_prompt, "answer", optional=("question",))
@@ -152,6 +151,7 @@ class MultipleChoiceSection(CommonTaskSection):
 class MatchingSection(CommonTaskSection):
     kind: Literal["matching"] = "matching"
     images: Literal[0, 1, 2] = 1  # 0: text is held against text_pair
+    metric: Literal["accuracy", "AUC", "Spearman"] = "accuracy"  # that stands for the task
     labels: list[str] | str = Field(min_length=1)  # from the least to the best match; or a text file with one a line
 
 

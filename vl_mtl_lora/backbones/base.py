@@ -57,9 +57,10 @@ class TextCodec(Protocol):
     def rows(self, texts: Sequence[str]) -> Tensor:
         """As `tokenize`, with no more columns than `encode_text` needs."""
 
-    def prompts(self, texts: Sequence[str], room: Sequence[int]) -> list[list[int]]:
+    def prompts(self, texts: Sequence[str], room: Sequence[int],
+                pictures: Sequence[int] | None = None) -> list[list[int]]:
         """Texts -> the ids that the decoder reads before its answer, marks included; cut where `room[i]` ids more
-        would not fit."""
+        would not fit. pictures: how many each text is about; one where None."""
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Answers -> their ids as they follow a prompt, without marks and padding."""
@@ -92,7 +93,8 @@ class Backbone(nn.Module):
                   `inject` or `generate`; `library_state` has those names always.
     towers:       names of the adaptable towers.
     text_towers:  those of them whose rows are texts.
-    capabilities: any of "embed" (encode_image, encode_text) and "generate" (token_states, generate).
+    capabilities: any of "embed" (encode_image, encode_text), "generate" (token_states, generate), and "generate_text"
+                  (the same of texts about no picture, see `no_pictures`).
     writes:       whether the base itself was trained to write, so that its zero-shot answer is what it writes.
     takes_bytes:  whether `image_states` passes its pictures through `scaled`; see `loader_preprocess`.
     prompts:      default prompt of each task kind, where the config has none.
@@ -185,6 +187,10 @@ class Backbone(nn.Module):
 
         `ImageStates`, or another type with its `rows` that the backbone's own methods take.
         """
+        raise NotImplementedError
+
+    def no_pictures(self, rows: int) -> ImageStates:
+        """The states of rows without a picture, for `token_states` and `generate`."""
         raise NotImplementedError
 
     def encode_image(self, images: Any) -> Tensor:

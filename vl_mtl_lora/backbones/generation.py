@@ -149,14 +149,15 @@ def score_continuations(backbone, states, prompts: Sequence[str], candidates: Se
 
 
 @torch.no_grad()
-def score_choices(backbone, states, prompts: Sequence[str], choices: Sequence[Sequence[str]]) -> Tensor:
-    """(B, C): the mean log-probability per token of each row's own choices after its prompt, about its image.
+def score_choices(backbone, states, prompts: Sequence[str], choices: Sequence[Sequence[str]],
+                  pictures: int = 1) -> Tensor:
+    """(B, C): the mean log-probability per token of each row's own choices after its prompt, about its pictures.
 
-    C: the most choices of a row; -inf where a row has fewer, and for a choice without any token.
+    pictures: of each row. C: the most choices of a row; -inf where a row has fewer, and for a choice without any token.
     """
     text = backbone.text
     ends = [text.ids(of_row) for of_row in choices]
-    starts = text.prompts(prompts, [max(map(len, of_row)) for of_row in ends])
+    starts = text.prompts(prompts, [max(map(len, of_row)) for of_row in ends], [pictures] * len(prompts))
     scores = torch.full((len(starts), max(map(len, ends))), float("-inf"), device=backbone.device)
     for column in range(scores.shape[1]):
         own = [of_row[column] if column < len(of_row) else [] for of_row in ends]

@@ -62,7 +62,7 @@ class HFChat(Backbone):
     Pictures are `Pictures`, made by `preprocess` and `collate_images`; (B, 3, H, W) tensors are no input here.
     """
 
-    capabilities = frozenset({"embed", "generate"})
+    capabilities = frozenset({"embed", "generate", "generate_text"})
     writes = True
     prompts = MappingProxyType({"vqa": "{question}\nAnswer the question using a single word or phrase.",
                                 "captioning": "Describe the image in one short sentence."})
@@ -147,6 +147,9 @@ class HFChat(Backbone):
         return ChatStates(list(pooled), [list(layer) for layer in deep], images.tokens, images.counts, positions,
                           type(out))
 
+    def no_pictures(self, rows):
+        return ChatStates([], [], [], [0] * rows, {}, type(None))
+
     def _picture_rows(self, images: Pictures):
         """The route of the image tower's rows: pictures, their crops, or patches in a tower without a batch axis.
 
@@ -169,13 +172,15 @@ class HFChat(Backbone):
             output["deepstack_features"] = [list(layer) for layer in states.deep]
         return {"mm_encoder_outputs": {"image": output}, **states.positions}
 
-    def _token_types(self, ids: Tensor) -> dict[str, Tensor]:
-        """Which ids are of pictures, for models that place or mask those in a way of their own."""
+    def _token_types(self, ids: Tensor, states: ChatStates) -> dict[str, Tensor]:
+        """Which ids are of pictures, where there are any, for models that place or mask those in a way of their own."""
+        if not states.features:
+            return {}
         return {name: (ids == self.image_id).long() for name in _TYPE_INPUTS if name in self._takes}
 
     def _run(self, ids: Tensor, states: ChatStates | None) -> Tensor:
         """(B, W) ids with pictures expanded -> (B, W, D) states of the language model."""
-        extra = {} if states is None else {**self._encoded(states), **self._token_types(ids)}
+        extra = {} if states is None else {**self._encoded(states), **self._token_types(ids, states)}
         # Causal, and padded on the right: no mask is needed for what is read.
         return self.model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state
 
@@ -218,7 +223,7 @@ class HFChat(Backbone):
         width = max(map(len, rows))
         ids = torch.tensor([[self.text.pad_id] * (width - len(row)) + row for row in rows], device=self.device)
         readable = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        types = {name: kind * readable for name, kind in self._token_types(ids).items()}
+        types = {name: kind * readable for name, kind in self._token_types(ids, states).items()}
         # The model's own settings may hold penalties that count a row's padding, and so its neighbours; what a config
         # given to generate leaves open would be taken from them.
         own, self.model.generation_config = self.model.generation_config, GenerationConfig(

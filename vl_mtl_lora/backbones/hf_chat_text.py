@@ -74,8 +74,7 @@ class ChatText:
         bos = self.tokenizer.bos_token
         return not (bos and rendered.startswith(bos))
 
-    def prompts(self, texts, room, pictures: Sequence[int] | None = None):
-        """pictures: how many each text is about; one where None."""
+    def prompts(self, texts, room, pictures=None):
         if not texts:
             return []
         pictures = [1] * len(texts) if pictures is None else pictures

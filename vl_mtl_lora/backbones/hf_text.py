@@ -25,7 +25,7 @@ class HFText:
         return self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.context_length,
                               return_tensors="pt").input_ids
 
-    def prompts(self, texts, room):
+    def prompts(self, texts, room, pictures=None):
         return marked_prompts(self, texts, room)
 
     def ids(self, texts):

@@ -36,7 +36,7 @@ class OpenClipText:
             return self.tokenize(texts)
         return pad_ids([[self.bos_id, *ids, self.eos_id] for ids in self.ids(texts)], self.pad_id)
 
-    def prompts(self, texts, room):
+    def prompts(self, texts, room, pictures=None):
         return marked_prompts(self, texts, room)
 
     def ids(self, texts):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vl_mtl_lora.backbones.base import Backbone
+from vl_mtl_lora.backbones.base import Backbone, ImageStates
 
 PREFIX_GRID = 7
 _TOP_LOGIT = 20.0  # what the logit of a perfectly predicted token should be able to reach
@@ -25,7 +25,7 @@ class PrefixBackbone(Backbone):
     projector: (image width -> text width), frozen.
     """
 
-    capabilities = frozenset({"embed", "generate"})
+    capabilities = frozenset({"embed", "generate", "generate_text"})
 
     def set_projector(self, weight: Tensor, prefix_grid: int) -> None:
         """weight: (text width, image width). prefix_grid: the image enters as 1 + prefix_grid**2 tokens at most."""
@@ -48,6 +48,10 @@ class PrefixBackbone(Backbone):
     def prefix(self, tokens: Tensor) -> Tensor:
         """(B, P, image width) image tokens -> (B, P, D) input vectors of the decoder."""
         return scale_prefix(self.projector(tokens), self.embedding_norm)
+
+    def no_pictures(self, rows):
+        weight, _ = self.token_weights()
+        return ImageStates(weight.new_zeros(rows, 0), weight.new_zeros(rows, 0, weight.shape[1]))
 
     @cached_property
     def embedding_norm(self) -> float:

@@ -125,15 +125,17 @@ def embed_texts(backbone: Backbone, texts: Sequence[str]) -> Tensor:
     return torch.cat([backbone.encode_text(rows) for rows in tokens.split(_TEXTS_AT_ONCE)])
 
 
-def next_token_inputs(text: TextCodec, prompts: Sequence[str], targets: Sequence[str]) -> dict[str, Tensor]:
-    """Prompts and what shall follow -> inputs of a next-token loss on the targets and the end mark alone.
+def next_token_inputs(text: TextCodec, prompts: Sequence[str], targets: Sequence[str],
+                      pictures: int = 1) -> dict[str, Tensor]:
+    """Prompts, each about so many pictures, and what shall follow -> inputs of a next-token loss on the targets and the
+    end mark alone.
 
     Returns:
         tokens (B, L): prompt, target. positions (K,): flat indices into (B, L) after which a supervised token comes.
         labels (K,): those tokens. Known on the host, so that the loss asks the device for no shape.
     """
     ends = [[*ids[:text.context_length - 2], text.eos_id] for ids in text.ids(targets)]
-    starts = text.prompts(prompts, [len(end) for end in ends])
+    starts = text.prompts(prompts, [len(end) for end in ends], [pictures] * len(prompts))
     rows = [[*start, *end[:-1]] for start, end in zip(starts, ends)]  # the end mark is only predicted
     width = max(map(len, rows))
     positions = [i * width + j for i, (start, row) in enumerate(zip(starts, rows))

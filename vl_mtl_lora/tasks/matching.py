@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vl_mtl_lora.backbones.base import wide
-from vl_mtl_lora.metrics.classification import concordance, topk_accuracy
+from vl_mtl_lora.metrics.classification import concordance, spearman, topk_accuracy
 from vl_mtl_lora.tasks.base import Answer, Reply, embed_texts, pictures_of, similarity
 
 
@@ -29,7 +29,7 @@ class Matching(nn.Module):
         super().__init__()
         self.name, self.images = name, section.images
         self.text = backbone.text
-        self.labels = list(section.labels)
+        self.primary, self.labels = section.metric, list(section.labels)
         self.numbers = {label: i for i, label in enumerate(self.labels)}
         self.asks = ("text",) if self.images else ("text", "text_pair")
         self.example = {"text": "there is a red circle", "text_pair": "the circle is blue", "label": self.labels[0]}
@@ -91,7 +91,11 @@ class Matching(nn.Module):
         labels, pictures = [self.numbers[s.fields["label"]] for s in samples], pictures_of(samples)
         metrics = {"accuracy": topk_accuracy([[number] for number in self._chosen(predictions)], labels, 1, pictures)}
         if len(set(labels)) > 1:  # else there is nothing to put in order
-            metrics["AUC"] = concordance([score for score, _ in predictions], labels, pictures)
+            scores = [score for score, _ in predictions]
+            metrics["AUC"] = concordance(scores, labels, pictures)
+            truths = [s.fields.get("score", label) for s, label in zip(samples, labels)]
+            if len(set(truths)) > 2 or self.primary == "Spearman":  # of two it says what AUC says
+                metrics["Spearman"] = spearman(scores, truths, pictures)
         return metrics
 
     def quality(self, predictions, samples):
@@ -103,7 +107,8 @@ class Matching(nn.Module):
 
     def notes(self, samples):
         return [f"{self.name}: AUC, in per cent, is the share of pairs of different labels that the score puts in the "
-                "right order; zero-shot labels are the cosines cut into equal parts."]
+                "right order; Spearman's correlation is with the samples' own scores, or else the labels' numbers; "
+                "zero-shot labels are the cosines cut into equal parts."]
 
     def answers(self, predictions, samples, rows):
         chosen = self._chosen(predictions)

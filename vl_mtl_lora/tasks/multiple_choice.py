@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from vl_mtl_lora.backbones.generation import score_choices
+from vl_mtl_lora.errors import UserError
 from vl_mtl_lora.metrics.bootstrap import mean
+from vl_mtl_lora.metrics.classification import f1, matthews_correlation
 from vl_mtl_lora.tasks.base import (
     Answer,
     Reply,
@@ -20,11 +22,13 @@ from vl_mtl_lora.tasks.base import (
 class MultipleChoice(nn.Module):
     """How a choice is made (`answer_by`):
 
-    ranking:    the likeliest after the question, by mean log-probability per token of the decoder.
+    ranking:    the likeliest after the question, by mean log-probability per token of the decoder; the default where
+                the decoder can, without images only where the base itself was trained to write.
     similarity: the one whose text with the question is most similar to the image; without images, the one most similar
                 to the question.
 
     Zero-shot: the same with adapters off, but by similarity where the base itself was not trained to write.
+    Where all samples have the same choices, these are classes: then `metric` may be F1 or Matthews.
     """
 
     kind = "multiple_choice"
@@ -37,9 +41,11 @@ class MultipleChoice(nn.Module):
         super().__init__()
         self.name, self.images = name, section.images
         self.text = backbone.text
-        can_rank = bool(section.images) and "generate" in backbone.capabilities
+        self.primary = section.metric
+        writing = "generate" if section.images else "generate_text"
+        can_rank = writing in backbone.capabilities and (bool(section.images) or backbone.writes)
         self.answer_by = section.answer_by or ("ranking" if can_rank else "similarity")
-        self.needs = frozenset({"generate"} if self.answer_by == "ranking" else {"embed"})
+        self.needs = frozenset({writing} if self.answer_by == "ranking" else {"embed"})
         self.zero_shot_by_similarity = not backbone.writes and "embed" in backbone.capabilities
         self.prompt = backbone.prompts["vqa"] if section.prompt is None else section.prompt
         self.zero_shot_prompt = section.zero_shot_prompt
@@ -60,14 +66,14 @@ class MultipleChoice(nn.Module):
         queries (B, L)."""
         if self.answer_by == "ranking":
             return next_token_inputs(self.text, self._prompts(samples),
-                                     [s.fields["choices"][s.fields["answer"]] for s in samples])
+                                     [s.fields["choices"][s.fields["answer"]] for s in samples], self.images)
         inputs = {"tokens": self.text.rows(self._statements(samples)), "places": _places(samples),
                   "labels": torch.tensor([s.fields["answer"] for s in samples])}
         return inputs if self.images else {**inputs, "queries": self.text.rows([s.fields["question"] for s in samples])}
 
     def loss(self, backbone, states, inputs):
         if self.answer_by == "ranking":
-            return next_token_loss(backbone, states, inputs)
+            return next_token_loss(backbone, states or backbone.no_pictures(len(inputs["tokens"])), inputs)
         query = backbone.encode_image(states) if self.images else backbone.encode_text(inputs["queries"])
         choices = backbone.encode_text(inputs["tokens"])
         return F.cross_entropy(_scores(query, choices, inputs["places"], self.log_scale.exp()), inputs["labels"])
@@ -75,8 +81,8 @@ class MultipleChoice(nn.Module):
     def predict(self, backbone, states, samples, zero_shot):
         """The number of one choice per sample."""
         if self.answer_by == "ranking" and not (zero_shot and self.zero_shot_by_similarity):
-            return score_choices(backbone, states, self._prompts(samples),
-                                 [s.fields["choices"] for s in samples]).argmax(dim=1).tolist()
+            return score_choices(backbone, states or backbone.no_pictures(len(samples)), self._prompts(samples),
+                                 [s.fields["choices"] for s in samples], self.images).argmax(dim=1).tolist()
         if self.images:
             query = backbone.encode_image(states)
         else:
@@ -89,16 +95,32 @@ class MultipleChoice(nn.Module):
                 for s, number in zip(samples, self.predict(backbone, states, samples, zero_shot))]
 
     def score(self, predictions, samples, thorough=False):
-        return {"accuracy": mean(self.quality(predictions, samples), pictures_of(samples), 100.0)}
+        pictures = pictures_of(samples)
+        metrics = {"accuracy": mean(self.quality(predictions, samples), pictures, 100.0)}
+        classes = {tuple(s.fields["choices"]) for s in samples}
+        if len(classes) == 1:
+            labels = [s.fields["answer"] for s in samples]
+            metrics["Matthews"] = matthews_correlation(predictions, labels, pictures)
+            if len(*classes) == 2:
+                metrics["F1"] = f1(predictions, labels, pictures)
+        if self.primary not in metrics:
+            raise UserError(f"tasks.{self.name}.metric: {self.primary} is of samples that have the same "
+                            + ("two " if self.primary == "F1" else "") + "choices; these have not")
+        return metrics
 
     def quality(self, predictions, samples):
         return [float(prediction == s.fields["answer"]) for prediction, s in zip(predictions, samples)]
 
     def closed(self, predictions, samples):
-        return []
+        if len({tuple(s.fields["choices"]) for s in samples}) != 1:
+            return []
+        return [(s.fields["choices"][s.fields["answer"]], s.fields["choices"][number])
+                for s, number in zip(samples, predictions)]
 
     def notes(self, samples):
-        return []
+        if len({tuple(s.fields["choices"]) for s in samples}) != 1 or len(samples[0].fields["choices"]) != 2:
+            return []
+        return [f"{self.name}: F1 is of {samples[0].fields['choices'][1]!r}."]
 
     def answers(self, predictions, samples, rows):
         return [Answer(samples[i].fields["choices"][predictions[i]], predictions[i] == samples[i].fields["answer"])
