@@ -22,6 +22,11 @@ REAL = {
     "coca_vit_b32": (253.6, {"image": 12 * 4 + 4, "text": 12 * 2, "decoder": 12 * 10}, 2.80),
     "llava_1_5_13b": (13351.5, {"image": 23 * 4 + 2, "text": 40 * 4}, 0.22),
     "llava_1_5_7b": (7063.4, {"image": 23 * 4 + 2, "text": 32 * 4}, 0.28),
+    "paper_commonsense_llava_1_5_7b": (7063.4, {"image": 0, "text": 32 * 4}, 0.24),
+    "paper_glue_llava_1_5_7b": (7063.4, {"image": 0, "text": 32 * 4}, 0.24),
+    "paper_vl_clip_vit_b32": (151.3, {"image": 0, "text": 12}, 1.82),
+    "paper_vl_coca_vit_b32": (253.6, {"image": 0, "text": 12, "decoder": 12}, 2.17),
+    "paper_vl_llava_1_5_7b": (7063.4, {"image": 0, "text": 32 * 2}, 0.73),
     "qwen2_5_vl_3b": (3754.6, {"image": 32 + 2, "text": 36 * 2}, 0.32),
 }
 README = (CONFIGS[0].parents[1] / "README.md").read_text()

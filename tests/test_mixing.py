@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vl_mtl_lora import UserError
-from vl_mtl_lora.data.mixing import SampleOrder, Schedule, expected_rows
+from vl_mtl_lora.data.mixing import SampleOrder, Schedule, Turns, expected_rows
 
 
 @pytest.mark.parametrize("window", [1, 4, 7, 20, 1000])
@@ -83,3 +83,16 @@ def test_windows_and_spans_of_batches_draw_anew():
     assert len({tuple(row % 4 for row in rows[i:i + 4]) for i in (0, 4, 8)}) > 1
     schedule = Schedule([0.5, 0.5], seed=0)
     assert [schedule(n)[0] for n in range(40)] != [schedule(4096 + n)[0] for n in range(40)]
+
+
+@pytest.mark.parametrize("expected", [[32, 16, 16], [2.5, 0.5, 1.0], [7]])
+def test_in_turns_a_batch_has_one_task_the_more_often_the_more_rows_it_has(expected):
+    turns = Turns(expected, seed=0)
+    counts = np.array([turns(n)[0] for n in range(9000)])
+    assert (np.sort(counts, axis=1)[:, :-1] == 0).all() and (counts.sum(axis=1) == round(sum(expected))).all()
+    np.testing.assert_allclose(counts.mean(axis=0), expected, rtol=0.1)
+    before = np.array([turns(n)[1] for n in range(9000)])
+    np.testing.assert_array_equal(before[1:], np.cumsum(counts, axis=0)[:-1])
+    assert not before[0].any() and Turns(expected, seed=0)(8999) == turns(8999)
+    if len(expected) > 1:
+        assert [Turns(expected, seed=1)(n)[0] for n in range(50)] != counts[:50].tolist()

@@ -6,6 +6,8 @@ from vl_mtl_lora import UserError, build_model, load_config
 from vl_mtl_lora.flops import batch_flops, launches
 from vl_mtl_lora.memory import expected_memory
 from vl_mtl_lora.planning import CARDS, Card, plan
+from vl_mtl_lora.sections import MixingSection
+from vl_mtl_lora.sweep_plan import alone
 
 SLOW = dict(memory=1e9, bf16=1e15, float32=1e9, link=1e15, network=1e15)  # one that computes all the time
 
@@ -64,6 +66,20 @@ def test_memory_is_weights_training_state_activations_and_similarities(planned, 
     assert plans[8, False].memory == memory.total(checkpointing) + 8 * similarities + 4 * trained
     assert plans[64, True].memory < plans[8, True].memory < plans[8, False].memory
     assert plans[64, True].memory > memory.total(checkpointing) - memory.weights - memory.trained
+
+
+def test_of_batches_of_one_task_the_largest_fills_the_memory_and_the_average_takes_the_time(tiny_config):
+    whole = tiny_config()
+    mixed = whole.model_copy(update={"data": whole.data.model_copy(update={"mixing": MixingSection(turns=True)})})
+    memory, flops, *_ = parts(mixed)
+    singles = {}
+    for name, task in whole.tasks.items():
+        one = alone(whole, name)
+        one = one.model_copy(update={"tasks": {name: task.model_copy(update={"rows": 14})}})
+        singles[name] = task.rows / 14, *parts(one)[:2]
+    assert memory.activations == pytest.approx(max(single.activations for _, single, _ in singles.values()), rel=0.01)
+    assert flops.forward == pytest.approx(sum(share * single.forward for share, _, single in singles.values()),
+                                          rel=0.01)
 
 
 def test_what_does_not_fit_is_said(planned):

@@ -45,6 +45,18 @@ def test_batches_have_fixed_quotas_sorted_by_task(tiny_shards):
     assert batch.epochs == {"retrieval": 4 / 24, "vqa": 3 / 24, "captioning": 2 / 24}
 
 
+def test_in_turns_a_batch_holds_one_task_and_every_sample_comes_once_in_each_epoch(tiny_shards):
+    batches = take(stream_of(tiny_shards, rows=(3, 2, 1), turns=True), 60)
+    ids = {name: [] for name in TASKS}
+    for batch in batches:
+        (task,) = batch.slices
+        assert batch.slices[task] == slice(0, 6) and batch.ids.tolist() == [TASKS.index(task)] * 6
+        assert list(batch.inputs) == [task]
+        ids[task] += batch.inputs[task]["id"].tolist()
+        assert batch.epochs == {name: len(seen) / 24 for name, seen in ids.items()}
+    assert all(sorted(seen[:24]) == list(range(24)) for seen in ids.values())
+
+
 def test_every_sample_comes_once_in_each_epoch(tiny_shards):
     batches = take(stream_of(tiny_shards, rows=[6], tasks=["vqa"], window=5), 8)
     ids = [b.inputs["vqa"]["id"].tolist() for b in batches]

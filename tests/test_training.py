@@ -149,6 +149,23 @@ with open(sys.argv[2], "w", buffering=1) as steps:
 """
 
 
+def test_batches_of_one_task_each_train_and_resume(tiny_config, tmp_path):
+    config = changed(tiny_config(steps=12), data={"mixing": {"turns": True}})
+    whole = losses_of(config)
+    assert all(len(losses) == 1 for losses in whole.values())
+    assert {name for losses in whole.values() for name in losses} == set(config.tasks)
+    log = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+    for entry in log:  # of every step: the loss of the task that it had
+        if "lr" in entry:
+            losses = whole[entry["step"]]
+            assert {name: entry[f"loss/{name}"] for name in losses} == pytest.approx(losses)
+    parts = config.model_copy(update={"out": str(tmp_path / "parts")})
+    first = losses_of(with_steps(parts, steps=5))
+    rest = losses_of(parts, resume=True)
+    assert {**first, **rest}.keys() == whole.keys()
+    assert [set(losses) for losses in {**first, **rest}.values()] == [set(losses) for losses in whole.values()]
+
+
 def test_a_checkpoint_killed_between_two_renames_is_put_back(tiny_config):
     config = tiny_config(steps=3)
     train(config)

@@ -39,13 +39,17 @@ class Flops:
 
 
 def batch_flops(model: MultiTaskModel, probe: MultiTaskModel, config: RunConfig) -> Flops:
-    """Of one batch of the config, forward and backward; `model` and `probe` as for `memory.expected_memory`."""
+    """Of an average batch of the config, forward and backward; `model` and `probe` as for `memory.expected_memory`."""
     total = Flops()
     share = config.batch_rows / sum(section.rows for section in config.tasks.values())  # of the quotas, where mixed
     for task, section in config.tasks.items():
         one, two = (_of_rows(model, probe, task, rows) for rows in (1, 2))
         row = two.plus(one, -1)  # what a batch costs however many rows it has is in both
-        total = total.plus(one, 1).plus(row, share * section.rows - 1)
+        if config.data.mixing.turns:  # a batch of each task in its turn
+            often = section.rows / sum(section.rows for section in config.tasks.values())
+            total = total.plus(one, often).plus(row, often * (config.batch_rows - 1))
+        else:
+            total = total.plus(one, 1).plus(row, share * section.rows - 1)
     return total
 
 

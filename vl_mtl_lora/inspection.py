@@ -22,6 +22,8 @@ def inspect(config: RunConfig) -> Iterator[str]:
         yield f"tasks: {', '.join(f'{name} ({task.rows} rows of a batch)' for name, task in config.tasks.items())}"
     else:
         yield f"tasks: {', '.join(config.tasks)}; {config.batch_rows} rows of a batch, mixed by {config.data.mixing.by}"
+    if config.data.mixing.turns:
+        yield "each batch is of one task"
     yield from tree(model)
     yield f"total: {model.summary.total:,} trainable parameters, {100 * model.summary.total / count:.2f} % of the base"
     probe = build_model(config, dry_run="narrow")

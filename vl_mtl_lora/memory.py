@@ -5,6 +5,7 @@ sizes by what the linear layers account for: once each input that an adapted lay
 layer through which a gradient passes. Not counted: what a kernel needs for a moment, and the allocator's slack.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,8 +62,7 @@ def expected_memory(model: MultiTaskModel, probe: MultiTaskModel, config: RunCon
     model: with the real sizes; it may lie on the meta device. probe: a model with the same layers that can compute.
     """
     block_of = blocks_by_layer(probe)
-    kept: dict[str, float] = {}  # by block
-    inputs: dict[str, float] = {}
+    parts: list[tuple[Counter, Counter]] = []  # of each task, what is kept and the inputs, by block
     loss = torch.zeros((), device=probe.backbone.device)
     share = config.batch_rows / sum(section.rows for section in config.tasks.values())  # of the quotas, where mixed
     for task, section in config.tasks.items():
@@ -70,12 +70,17 @@ def expected_memory(model: MultiTaskModel, probe: MultiTaskModel, config: RunCon
             probe(example_batch(probe, 1, [task]))
         with _measured(probe, model, config) as two:
             loss = loss + probe(example_batch(probe, 2, [task]))[task]
+        rows = config.batch_rows if config.data.mixing.turns else share * section.rows
+        kept, inputs = Counter(), Counter()
+        parts.append((kept, inputs))
         measured = (two.measured - one.measured) / (sum(two.probe.values()) - sum(one.probe.values()))
         for layer in two.real:
-            block = block_of(layer)
-            kept[block] = kept.get(block, 0.0) + share * section.rows * measured * (two.real[layer] - one.real[layer])
+            kept[block_of(layer)] += rows * measured * (two.real[layer] - one.real[layer])
         for block in two.inputs:
-            inputs[block] = inputs.get(block, 0.0) + share * section.rows * (two.inputs[block] - one.inputs[block])
+            inputs[block] += rows * (two.inputs[block] - one.inputs[block])
+    if config.data.mixing.turns:  # the largest batch counts
+        parts = [max(parts, key=lambda part: part[0].total())]
+    kept, inputs = (sum(counters, Counter()) for counters in zip(*parts))
     outside = kept.pop("", 0.0)
     value = _value_bytes(model, config)
     again = value * sum(inputs[block] for block in kept) + max(kept.values(), default=0.0)

@@ -79,6 +79,8 @@ def plan(config: RunConfig, gpu: str = "H100-80GB", gpus: Sequence[int] = (1, 8,
     operations = batch_flops(model, probe, config).total(train.checkpointing)
     half = train.precision == "bf16" or model.backbone.dtype.itemsize == 2
     forward, backward = launches(probe)
+    if config.data.mixing.turns:  # a batch has one task
+        forward, backward = forward / len(config.tasks), backward / len(config.tasks)
     times = {"computing": train.accumulate * operations / (_REACHED * (card.bf16 if half else card.float32)),
              "launching": train.accumulate * _LAUNCH * (forward * (1 + train.checkpointing) + backward)}
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)

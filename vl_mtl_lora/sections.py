@@ -251,10 +251,12 @@ class RunConfig(Strict):
         for key in ("tasks", "held_out"):
             tasks = data.get(key) if isinstance(data, dict) else None
             if isinstance(tasks, dict):
-                # A task called vqa is of kind vqa; one held out has test shards alone, which nobody trains on.
+                # A task called vqa is of kind vqa; one held out has test shards alone, which nobody trains on. None
+                # takes a task out, by an override.
                 tasks = {name: {**({"kind": name} if name in TASK_SECTIONS else {}),
                                 **({"train": task.get("test") or "-"} if key == "held_out" else {}),
-                                **task} if isinstance(task, dict) else task for name, task in tasks.items()}
+                                **task} if isinstance(task, dict) else task
+                         for name, task in tasks.items() if task is not None}
                 data = {**data, key: tasks}
         return data
 

@@ -94,13 +94,14 @@ def _run(run: SweepRun, folder: Path, jobs: int) -> dict:
     """Trains and measures one run in a process of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
+    (folder / SCORE).unlink(missing_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with open(folder / "log.txt", "ab") as file:
         done = subprocess.run([sys.executable, "-m", "vl_mtl_lora.sweep_run", str(folder), run.split], stdout=file,
                               stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    if done.returncode:
+    if done.returncode or not (folder / SCORE).exists():  # it ends with 0 where it was told to stop, and has saved
         told = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").rpartition("\nerror: ")[2].strip()
-        raise UserError(f"{folder} failed: {told.splitlines()[0] if told else 'no word of it'} (more in its log.txt)")
+        raise UserError(f"{folder} failed: {told.splitlines()[0] if told else 'it was stopped'} (more in its log.txt)")
     score = json.loads((folder / SCORE).read_text(encoding="utf-8"))
     return {"run": run.name, "method": run.method, "budget": run.budget, "lr": run.lr, "seed": run.seed,
             "task": run.task, "split": run.split, "steps": run.config.train.steps, "parameters": run.parameters,
