@@ -8,11 +8,11 @@ INPUT holds, unpacked or as .zip files, the official downloads (those of a set t
     hellaswag_{train,val}.jsonl                                https://rowanzellers.com/hellaswag
     winogrande_1.1/{train_xl,dev}.jsonl                        https://winogrande.allenai.org
     ARC-Easy/ and ARC-Challenge/ARC-*-{Train,Dev,Test}.jsonl   https://allenai.org/data/arc
-    Main/{train,dev,test}.jsonl                                https://allenai.org/data/open-book-qa
+    Data/Main/{train,dev,test}.jsonl                           https://allenai.org/data/open-book-qa
 
 Writes NAME-SET-{train,valid,test} shards. Where the official test set has no answers, test is the official development
-set, as the papers on adapters have it (arXiv 2304.01933), and valid the last tenth of the training set, at most 500.
-Licence: see the home pages; of most CC BY or CC BY-SA.
+set, as the papers on adapters have it (arXiv 2304.01933), and valid every tenth training row, at most 500. Licence: see
+the home pages; of most CC BY or CC BY-SA.
 
     python data_scripts/commonsense_to_shards.py downloads/commonsense shards
 """
@@ -66,7 +66,7 @@ def arc(level: str, download: Download, split: str) -> Rows:
 
 
 def obqa(download: Download, split: str) -> Rows:
-    yield from _lettered(download, f"Main/{'dev' if split == 'valid' else split}.jsonl")
+    yield from _lettered(download, f"Data/Main/{'dev' if split == 'valid' else split}.jsonl")
 
 
 def _lettered(download: Download, name: str) -> Rows:
@@ -92,13 +92,13 @@ def samples(download: Download, split: str) -> Iterator[dict]:
             download.left_out["questions with a choice twice"] += 1
             continue
         yield {"task": name, "question": question.strip(), "choices": choices, "answer": answer,
-               "question_id": f"{name}/{split}/{number}"}
+               "question_id": f"{name}/{split}/{number}", "image_id": f"{name}/{split}/{number}"}
 
 
 @command
 def main() -> None:
     args = argument_parser(__doc__, "commonsense", SPLITS).parse_args()
-    download = Download(args.input, "the files that --help lists")
+    download = Download(args.input, "the files that --help lists", keep=2)
     convert(args, partial(samples, download), SOURCE, LICENCE, download.left_out)
 
 

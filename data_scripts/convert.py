@@ -29,12 +29,13 @@ _MOST_TOLD = 20  # problems of a split that a dry run lists
 class Download:
     """The files of a data set's official download: in a folder, or in the .zip files that lie in it.
 
-    folder: the download. origin: which official files hold the annotations, for errors. left_out: why and how often
-    rows are no samples; the converter counts them here.
+    folder: the download. origin: which official files hold the annotations, for errors. keep: so many names at the end
+    of an official path are needed to know a file. left_out: why and how often rows are no samples; the converter
+    counts them here.
     """
 
-    def __init__(self, folder: Path, origin: str):
-        self.folder, self.origin = folder, origin
+    def __init__(self, folder: Path, origin: str, keep: int = 1):
+        self.folder, self.origin, self.keep = folder, origin, keep
         self.left_out: Counter[str] = Counter()
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; expected the folder of the download: {origin}")
@@ -57,7 +58,7 @@ class Download:
         """The first of some official paths that exists, as it is, below one more folder, or without leading ones."""
         for name in names:
             parts = PurePosixPath(name).parts
-            for start in range(len(parts)):
+            for start in range(max(1, len(parts) - self.keep + 1)):
                 ending = "/".join(parts[start:])
                 if ending in self._members:
                     return zipfile.Path(*self._members[ending])
@@ -141,10 +142,13 @@ def texts(values: Iterable[str]) -> list[str]:
 
 
 def held_out(rows: Iterable[Any], split: str, most: int) -> list[Any]:
-    """Of training rows "valid" is the last tenth, at most so many, and "train" the others; "test" is all of its own."""
+    """Of training rows "valid" is every tenth, or fewer where that is more than `most`, and "train" the others; "test"
+    is all of its own. Some sets are ordered by where they come from."""
     rows = list(rows)
-    cut = len(rows) - min(most, len(rows) // 10)
-    return {"train": rows[:cut], "valid": rows[cut:], "test": rows}[split]
+    if split == "test":
+        return rows
+    step = max(10, -(-len(rows) // most))
+    return [row for i, row in enumerate(rows) if (i % step == step - 1) == (split == "valid")]
 
 
 def karpathy_captions(download: Download, name: str, splits: Sequence[str], tasks: Sequence[str]) -> Iterator[dict]:

@@ -7,7 +7,7 @@ INPUT holds, unpacked or as .zip files (https://gluebenchmark.com/tasks):
 
 Writes NAME-SET-{train,valid,test} shards of cola, sst2, mrpc, qqp, mnli, qnli, rte, wnli and stsb, and for mnli also
 NAME-mnli-mm-test, the mismatched one. The official test sets have no labels: test is the official development set,
-valid the last tenth of the training set, at most 1,000. Licence: that of each set, see the home page.
+valid every tenth training row, at most 1,000. Licence: that of each set, see the home page.
 
     python data_scripts/glue_to_shards.py downloads/glue shards
 """
@@ -68,13 +68,13 @@ def samples(download: Download, split: str) -> Iterator[dict]:
         if fields is None:
             download.left_out[f"rows of {name} without one of its labels"] += 1
         else:
-            yield {"task": name, **fields, "question_id": f"{split}/{number}"}
+            yield {"task": name, **fields, "question_id": f"{split}/{number}", "image_id": f"{split}/{number}"}
 
 
 def table(download: Download, name: str, columns: Sequence[str]) -> Iterator[dict[str, str]]:
     """The rows of a file with tabs, by column; those of its header where none are given. Some rows are cut off."""
     lines = download.lines(name)
-    columns = columns or next(lines).split("\t")
+    columns = columns or next(lines, "").split("\t")
     for line in lines:
         yield dict(zip(columns, line.split("\t")))
 
@@ -99,7 +99,7 @@ def similarity(row: dict[str, str]) -> dict | None:
 @command
 def main() -> None:
     args = argument_parser(__doc__, "glue", SPLITS).parse_args()
-    download = Download(args.input, "the .zip files of https://gluebenchmark.com/tasks")
+    download = Download(args.input, "the .zip files of https://gluebenchmark.com/tasks", keep=2)
     convert(args, partial(samples, download), SOURCE, LICENCE, download.left_out)
 
 

@@ -39,6 +39,12 @@ def test_overrides_are_yaml_values(tmp_path):
     assert config.backbone.pretrained is None
 
 
+def test_a_task_set_to_null_is_taken_out(tmp_path):
+    assert list(load_config(write(tmp_path, GOOD), ["tasks.vqa=null"]).tasks) == ["pictures"]
+    with pytest.raises(UserError, match="there is no task 'vqua'; did you mean vqa"):
+        load_config(write(tmp_path, GOOD), ["tasks.vqua=null"])
+
+
 def test_a_dumped_config_reads_back_the_same(tmp_path):
     config = load_config(write(tmp_path, GOOD))
     assert parse_config(yaml.safe_load(dump_config(config))) == config

@@ -96,3 +96,10 @@ def test_in_turns_a_batch_has_one_task_the_more_often_the_more_rows_it_has(expec
     assert not before[0].any() and Turns(expected, seed=0)(8999) == turns(8999)
     if len(expected) > 1:
         assert [Turns(expected, seed=1)(n)[0] for n in range(50)] != counts[:50].tolist()
+
+
+def test_the_batches_of_a_step_have_the_same_task():
+    each, one = Turns([3, 2, 1], seed=0, each=4), Turns([3, 2, 1], seed=0)
+    counts = np.array([each(n)[0] for n in range(400)])
+    assert counts.tolist() == [one(n // 4)[0] for n in range(400)]
+    np.testing.assert_array_equal([each(n)[1] for n in range(1, 401)], np.cumsum(counts, axis=0))

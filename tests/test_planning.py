@@ -78,6 +78,7 @@ def test_of_batches_of_one_task_the_largest_fills_the_memory_and_the_average_tak
         one = one.model_copy(update={"tasks": {name: task.model_copy(update={"rows": 14})}})
         singles[name] = task.rows / 14, *parts(one)[:2]
     assert memory.activations == pytest.approx(max(single.activations for _, single, _ in singles.values()), rel=0.01)
+    assert [each.gpus for each in plan(mixed)] == [1]
     assert flops.forward == pytest.approx(sum(share * single.forward for share, _, single in singles.values()),
                                           rel=0.01)
 

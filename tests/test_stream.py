@@ -46,7 +46,7 @@ def test_batches_have_fixed_quotas_sorted_by_task(tiny_shards):
 
 
 def test_in_turns_a_batch_holds_one_task_and_every_sample_comes_once_in_each_epoch(tiny_shards):
-    batches = take(stream_of(tiny_shards, rows=(3, 2, 1), turns=True), 60)
+    batches = take(stream_of(tiny_shards, rows=(3, 2, 1), turns=1), 60)
     ids = {name: [] for name in TASKS}
     for batch in batches:
         (task,) = batch.slices

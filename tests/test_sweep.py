@@ -1,10 +1,8 @@
 """A sweep's plan, its runs, and its report against figures worked out by hand."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from scipy import stats
 
 from vl_mtl_lora import sweep_run
 from vl_mtl_lora.config import dump_config, load_config
-from vl_mtl_lora.errors import UserError
+from vl_mtl_lora.errors import Diverged, UserError
 from vl_mtl_lora.model import build_model
 from vl_mtl_lora.sweep import read_records, sweep
 from vl_mtl_lora.sweep_plan import load_sweep, sweep_runs
@@ -31,7 +29,7 @@ def sweep_file(tiny_config, tmp_path):
 
     def make(**values):
         (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({
-            "out": str(tmp_path / "sweep"), "config": "base.yaml", "seeds": [0, 1],
+            "out": str(tmp_path / "sweep"), "config": "base.yaml", "seeds": [0, 1, 2],
             "lr": {"values": [0.01, 0.001], "seed": 9}, "budgets": {"short": []}, "reference": "LoRA",
             "match": "ours",
             "methods": {"ours": {}, "LoRA": {"set": LORA, "parameters": 1}}, **values}, sort_keys=False))
@@ -44,17 +42,16 @@ def in_process(monkeypatch):
     """Runs are made in this process; returns the list of (folder, split)."""
     called = []
 
-    def run(command, stdout, stderr, env):
+    def process(command, log, environment, under_way):
         assert command[:3] == [sys.executable, "-m", "vl_mtl_lora.sweep_run"]
         called.append((Path(command[3]), command[4]))
-        code = 0
         try:
             sweep_run.run(*command[3:])
         except UserError as error:
-            stdout.write(f"train: 0%\nerror: {error}\n".encode())
-            code = 2
-        return subprocess.CompletedProcess(command, code)
-    monkeypatch.setattr("vl_mtl_lora.sweep.subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+            log.write(f"train: 0%\rerror: {error}\n".encode())
+            return 2
+        return 0
+    monkeypatch.setattr("vl_mtl_lora.sweep._process", process)
     return called
 
 
@@ -96,16 +93,24 @@ def test_runs_differ_in_what_they_say(sweep_file, tmp_path):
 
 
 @pytest.mark.parametrize("values, told", [
-    ({"referense": "LoRA"}, "sweep.yaml:22: referense: unknown key; did you mean reference?"),
+    ({"referense": "LoRA"}, "sweep.yaml:23: referense: unknown key; did you mean reference?"),
     ({"reference": "LoRa"}, "reference: no method 'LoRa'; did you mean LoRA?"),
     ({"methods": {"ours": {"sets": []}, "LoRA": {}}}, "methods.ours.sets: unknown key; did you mean set?"),
-    ({"seeds": [0, 9]}, "lr.seed none of them"),
+    ({"seeds": [0, 9, 1]}, "lr.seed none of them"),
+    ({"seeds": [0, 1]}, "at least 3"),
+    ({"lr": {"values": [0.1, 1e-1], "seed": 9}}, "lr.values must be distinct"),
+    ({"reference": "LoRA", "methods": {"ours": {}, "LoRA": {"alone": True}}}, "LoRA trains tasks alone"),
+    ({"set": ["data.mixing.turns=true"], "methods": {"ours": {}, "LoRA": {}, "single": {"alone": True}}},
+     "methods.single.alone: only where"),
     ({"methods": {"ours": {}, "../LoRA": {}}}, "../LoRA"),
-    ({"methods": {"ours": {"alone": True}, "LoRA": {"alone": True}}}, "only one method can be `alone`"),
+    ({"methods": {"ours": {}, "LoRA": {}, "a": {"alone": True}, "b": {"alone": True}}}, "only one method can be"),
     ({"metrics": {"vqua": "accuracy"}}, "metrics: no task 'vqua'; did you mean vqa?"),
+    ({"methods": {"ours": {}, "LoRA": {"set": ["tasks.vqa=null"]}}}, "methods.LoRA: its tasks are others"),
     ({"groups": {"texts": ["vqua"]}}, "groups.texts: no task 'vqua'; did you mean vqa?"),
     ({"methods": {"ours": {}, "LoRA": {"set": ["adapter.method=full"], "parameters": 1}}},
      "methods.LoRA.parameters: its size does not depend on a rank"),
+    ({"methods": {"ours": {}, "LoRA": {"set": ["adapter.method=moe_lora", "adapter.num_up=9"], "parameters": 1}}},
+     "methods.LoRA.parameters: of rank 1 it has"),
     ({"methods": {"ours": {}, "LoRA": {"set": ["adapter.rnk=1"]}}}, "did you mean rank?"),
     ({"config": "other.yaml"}, "cannot read the config"),
     ({"set": ["tasks.vqa.valid=[]"]}, "tasks.vqa.valid: missing; learning rates are tuned on it"),
@@ -125,7 +130,7 @@ def test_rates_are_tuned_on_valid_and_what_is_done_is_not_done_again(sweep_file,
     records = sweep(load_sweep(path))
     out = tmp_path / "sweep"
     known = read_records(out / "runs.jsonl")
-    assert len(known) == len(in_process) == 5 * 2 + 5 * 2  # 1 + 1 + 3 trainings; two rates, then two seeds
+    assert len(known) == len(in_process) == 5 * 2 + 5 * 3  # 1 + 1 + 3 trainings; two rates, then three seeds
     for method in ("ours", "LoRA", "one by one"):
         scores = {}
         for lr in (0.01, 0.001):
@@ -136,7 +141,7 @@ def test_rates_are_tuned_on_valid_and_what_is_done_is_not_done_again(sweep_file,
                                            metrics["retrieval"]["text_to_image_recall@1"]]))
         own = [r for r in records if r["method"] == method]
         assert {r["lr"] for r in own} == {max(scores, key=scores.get)}
-        assert {r["split"] for r in own} == {"test"} and {r["seed"] for r in own} == {0, 1}
+        assert {r["split"] for r in own} == {"test"} and {r["seed"] for r in own} == {0, 1, 2}
     # A record holds what evaluating its run gives.
     record = next(r for r in records if r["method"] == "ours")
     sweep_run.run(out / record["run"], "test")
@@ -155,29 +160,79 @@ def test_rates_are_tuned_on_valid_and_what_is_done_is_not_done_again(sweep_file,
         sweep(load_sweep(path, ["set=[train.clip=2.0]"]))
 
 
-def test_a_rate_that_breaks_a_training_is_not_chosen_and_a_failed_run_is_told(sweep_file, tmp_path, in_process,
-                                                                              monkeypatch):
+def test_a_rate_with_which_a_training_diverges_is_not_chosen(sweep_file, tmp_path, in_process, monkeypatch):
     def train(config, **options):
-        if config.train.lr == 0.01 or config.adapter.num_up == 1 and config.train.seed == 1:
-            raise UserError("the gradient is nan")
+        if config.train.lr == 0.01 or config.train.seed == diverging:
+            raise Diverged("the gradient is nan at step 1")
         return real(config, **options)
 
-    real = sweep_run.train
+    real, diverging = sweep_run.train, 1
     monkeypatch.setattr("vl_mtl_lora.sweep_run.train", train)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match="2 of 6 trainings diverged; .*\n.*seed-1: the gradient is nan"):
         sweep(load_sweep(sweep_file()))
-    assert "1 of 4 runs failed" in str(error.value) and "seed-1 failed: the gradient is nan" in str(error.value)
-    done = [r for r in read_records(tmp_path / "sweep" / "runs.jsonl").values() if r["split"] == "test"]
-    assert sorted((r["method"], r["lr"], r["seed"]) for r in done) == [
-        ("LoRA", 0.001, 0), ("ours", 0.001, 0), ("ours", 0.001, 1)]
+    known = read_records(tmp_path / "sweep" / "runs.jsonl").values()
+    assert sum("diverged" in record for record in known) == 4  # also one of each method in tuning
+    assert {r["lr"] for r in known if r["split"] == "test"} == {0.001}
+    monkeypatch.setattr("vl_mtl_lora.sweep_run.train", lambda *_, **__: pytest.fail("known already"))
+    with pytest.raises(UserError, match="2 of 6 trainings diverged"):
+        sweep(load_sweep(sweep_file()))
+
+
+def test_what_fails_otherwise_is_told_and_tried_again_before_anything_is_chosen(sweep_file, in_process, monkeypatch):
+    def train(config, **options):
+        if config.train.lr == broken:
+            raise UserError("no space left")
+        return real(config, **options)
+
+    real, broken = sweep_run.train, 0.01
+    monkeypatch.setattr("vl_mtl_lora.sweep_run.train", train)
+    with pytest.raises(UserError, match=r"2 of 4 runs failed; .*\n.*lr-0.01/seed-9: error: no space left"):
+        sweep(load_sweep(sweep_file()))
+    assert len(in_process) == 4
+    in_process.clear()
+    broken = None
+    sweep(load_sweep(sweep_file()))
+    assert len(in_process) == 2 + 6
+
+
+def test_a_training_begun_with_other_settings_does_not_go_on_with_these(sweep_file, in_process, monkeypatch):
+    monkeypatch.setattr("vl_mtl_lora.sweep_run.train", lambda *_, **__: (_ for _ in ()).throw(UserError("stopped")))
+    with pytest.raises(UserError, match="4 of 4 runs failed"):
+        sweep(load_sweep(sweep_file()))
+    in_process.clear()
+    with pytest.raises(UserError, match="begun with other settings: remove the folder"):
+        sweep(load_sweep(sweep_file(set=["train.steps=1"])))
+    assert not in_process
+
+
+def test_one_folder_takes_one_sweep_and_one_run_at_a_time(sweep_file, tmp_path, in_process):
+    plan = load_sweep(sweep_file())
+    with sweep_run.alone_in(tmp_path / "sweep"), pytest.raises(UserError, match="another process works in"):
+        sweep(plan)
+    folder = tmp_path / "sweep" / "ours/short/lr-0.01/seed-9"
+    with sweep_run.alone_in(folder), pytest.raises(UserError, match="lr-0.01/seed-9: error: another process works in"):
+        sweep(plan)
+
+
+def test_the_digest_is_of_what_decides_and_of_nothing_else(sweep_file, tmp_path):
+    def digest(split="test", seed=0, lr=0.01, **values):
+        run, = sweep_runs(load_sweep(sweep_file(**values)), "ours", "short", lr, [seed], split)
+        return run.digest
+
+    first = digest()
+    base = tmp_path / "base.yaml"
+    base.write_text("# a comment\n" + base.read_text())
+    assert digest() == digest(out="elsewhere", set=["adapter.rank=4"]) == first  # the rank that it has anyway
+    others = [digest("valid"), digest(seed=1), digest(lr=0.1), digest(set=["train.clip=2.0"])]
+    assert len({first, *others}) == 5
 
 
 def test_the_command_runs_each_training_in_a_process(sweep_file, tmp_path, command):
     path = sweep_file(lr={"values": [0.01]}, set=["train.steps=1"], jobs=2,
                       methods={"heads": {"set": ["adapter.method=heads"]}, "LoRA": {"set": LORA}}, match="LoRA")
-    code, told, error = command("sweep", path, "seeds=[3,4]")
+    code, told, error = command("sweep", path, "seeds=[3,4,5]")
     assert code == 0, error
-    assert "# 2 methods, 3 tasks, 2 seeds" in told and "**heads**" in told
+    assert "# 2 methods, 3 tasks, 3 seeds" in told and "**heads**" in told
     out = tmp_path / "sweep"
     assert (out / "report.md").read_text() in told
     assert "<svg" in (out / "parameters.svg").read_text()
@@ -203,7 +258,8 @@ def record(method, seed, values, parameters=100, task=None, **more):
     return {"method": method, "budget": "short", "seed": seed, "lr": 0.01, "task": task, "parameters": parameters,
             "tasks": {name: {"accuracy": value, "other": 0.0} for name, value in values.items()},
             "primary": dict.fromkeys(values, "accuracy"), "samples_per_second": 10.0, "device": "CPU",
-            "versions": {"torch": "2"}, "git_revision": "abc", **more}
+            "versions": {"torch": "2"}, "git_revision": "abc", "run": f"{method}/{seed}",
+            "shards": {name: {"hash": "x"} for name in values}, **more}
 
 
 @pytest.fixture
@@ -212,9 +268,9 @@ def judged(sweep_file):
     config = load_sweep(sweep_file(methods={"ours": {}, "LoRA": {}, "single": {"alone": True}},
                                    groups={"first": ["a"]}))
     records = []
-    for seed, noise in ((0, 0.0), (1, 0.2)):
-        records += [record("LoRA", seed, {"a": 20 + noise, "b": 40 - noise}),
-                    record("ours", seed, {"a": 30 + noise, "b": 36 - noise}, parameters=150, samples_per_second=8.0),
+    for seed, (of_lora, of_ours) in enumerate([(0.0, 0.0), (0.2, 0.5), (0.1, 0.2)]):
+        records += [record("LoRA", seed, {"a": 20 + of_lora, "b": 40 - of_lora}),
+                    record("ours", seed, {"a": 30 + of_ours, "b": 36 - of_ours}, parameters=150, samples_per_second=8),
                     record("single", seed, {"a": 40.0}, task="a"), record("single", seed, {"b": 80.0}, task="b")]
     return config, records
 
@@ -222,15 +278,17 @@ def judged(sweep_file):
 def test_scores_are_shares_of_what_single_task_training_attains(judged):
     config, records = judged
     ours, lora, single = compared(config, records)
-    np.testing.assert_allclose(single.scores, [100, 100])
-    np.testing.assert_allclose(lora.scores, [(20 / 40 + 40 / 80) * 50, (20.2 / 40 + 39.8 / 80) * 50])
-    np.testing.assert_allclose(ours.scores, [(30 / 40 + 36 / 80) * 50, (30.2 / 40 + 35.8 / 80) * 50])
-    np.testing.assert_allclose(ours.groups["first"], [75, 75.5])
+    np.testing.assert_allclose(single.scores, [100, 100, 100])
+    np.testing.assert_allclose(lora.scores, [50, 50.125, 50.0625])  # 50 * ((20 + n) / 40 + (40 - n) / 80)
+    np.testing.assert_allclose(ours.scores, [60, 60.3125, 60.125])
+    np.testing.assert_allclose(ours.groups["first"], [75, 76.25, 75.5])
     assert (ours.parameters, single.parameters, single.speed) == (150, 200, None)
     told = list(findings([ours, lora, single], lora))
-    assert told[0] == ("**ours** is better than LoRA by 10.0 points (10.0 to 10.0), with 1.50 times its parameters and "
-                       "at 0.80 of its speed; better on 1 (a), worse on 1 (b).")
-    assert told[1].startswith("**single** is better than LoRA by 49.9 points (4")
+    # 10.083 +- 4.3027 * 0.0955 / sqrt(3), and 25.333 +- 4.3027 * 0.3819 / sqrt(3)
+    assert told[0] == (
+        "**ours** is better than LoRA: +10.1 (+9.8 to +10.3) points, first +25.3 (+24.4 to +26.3); with 1.50 times its "
+        "parameters and at 0.80 of its speed; better on 1 (a), worse on 1 (b).")
+    assert told[1].startswith("**single** is better than LoRA: +49.9 (+49.8 to +50.1) points, first +49.8")
 
 
 def test_another_metric_than_the_primary_one_can_stand_for_a_task(judged):
@@ -247,8 +305,8 @@ def test_another_metric_than_the_primary_one_can_stand_for_a_task(judged):
 def test_the_report_says_it_in_tables(judged, tmp_path):
     config, records = judged
     text = write_report(config, records, tmp_path)
-    assert "| ours | 150 | 0.01 | 60.1 ± 0.8 | +10.0 to +10.0 | 1, 1 | 75.2 ± 3.2 | 0.80 |" in text
-    assert "| ours | 30.1 ▲ | 35.9 ▼ |" in text
+    assert "| ours | 150 | 0.01 | 60.1 ± 0.4 | +9.8 to +10.3 | 1, 1 | 75.6 ± 1.6 | 0.80 |" in text
+    assert "| ours | 30.2 ▲ | 35.8 ▼ |" in text
     first = (tmp_path / "parameters.svg").read_bytes()
     write_report(config, records, tmp_path)
     assert (tmp_path / "parameters.svg").read_bytes() == first
@@ -260,10 +318,34 @@ def test_a_task_on_which_the_measure_scores_nothing_is_left_out_and_told(judged,
         if r["task"] == "b":
             r["tasks"]["b"]["accuracy"] = 0.0
     ours, *_ = compared(config, records)
-    np.testing.assert_allclose(ours.scores, [100 * 30 / 40, 100 * 30.2 / 40])
+    np.testing.assert_allclose(ours.scores, [75, 76.25, 75.5])
     assert "Left out of the scores, since single scores 0 there: b (short)." in write_report(config, records, tmp_path)
     for r in records:
         if r["task"] == "a":
             r["tasks"]["a"]["accuracy"] = 0.0
     with pytest.raises(UserError, match="single scores 0 on every task"):
         compared(config, records)
+
+
+# --- the results in the README ----------------------------------------------------------------------------------------
+
+
+RESULTS = sorted(path.parent.name for path in SWEEPS.glob("results/*/runs.jsonl"))
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_readme_s_results_are_made_of_the_recorded_runs(name, tmp_path):
+    config = load_sweep(SWEEPS / f"{name}.yaml")
+    known = read_records(SWEEPS / "results" / name / "runs.jsonl")
+    tested = [record for record in known.values() if record["split"] == "test"]
+    for budget in config.budgets:
+        for method in config.methods:
+            rate, = {r["lr"] for r in tested if (r["method"], r["budget"]) == (method, budget)}
+            for run in sweep_runs(config, method, budget, rate, config.seeds, "test"):
+                assert known[run.name]["digest"] == run.digest  # nothing has changed since
+                assert known[run.name]["parameters"] == run.parameters
+    report = write_report(config, tested, tmp_path)
+    assert report == (SWEEPS / "results" / name / "report.md").read_text()
+    readme = (SWEEPS.parents[1] / "README.md").read_text()
+    shown = readme.partition(f"<!-- {name}: of its report -->\n")[2].partition("<!-- end -->")[0].splitlines()
+    assert shown and all(line in report.splitlines() for line in shown)

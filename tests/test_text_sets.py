@@ -42,7 +42,7 @@ def commonsense():
         for part in ("Train", "Dev", "Test"):
             files[f"ARC-{level}/ARC-{level}-{part}.jsonl"] = lines([arc(f"{level}{part}")])
     for part in ("train", "dev", "test"):
-        files[f"Main/{part}.jsonl"] = lines([obqa(part)])
+        files[f"OpenBookQA-V1-Sep2018/Data/Main/{part}.jsonl"] = lines([obqa(part)])
     tests = {
         "boolq": ("Odd it is.\nQuestion: is 7 odd?", ["no", "yes"], 1),
         "piqa": ("How would you do this? Open jar 3", ["twist", "hit"], 1),
@@ -120,11 +120,15 @@ def test_glue(tmp_path, run):
         assert told.count(f"left out: 1 rows of {name} without one of its labels\n") == splits
 
 
-@pytest.mark.parametrize("script", ["commonsense_to_shards", "glue_to_shards"])
-def test_a_set_that_is_not_there_is_named(script, tmp_path, run):
-    (tmp_path / "download").mkdir()
-    code, _, error = run(script, tmp_path / "download", tmp_path / "out")
-    assert code == 2 and "is neither in" in error and not (tmp_path / "out").exists()
+@pytest.mark.parametrize("script, there, lost", [
+    ("commonsense_to_shards", "BoolQ/train.jsonl", "Data/Main/train.jsonl"),
+    ("glue_to_shards", "CoLA/train.tsv", "RTE/train.tsv")])
+def test_a_set_that_is_not_there_is_named_though_others_have_files_of_that_name(script, there, lost, tmp_path, run):
+    files, _ = commonsense() if "sense" in script else glue()
+    folder = build(tmp_path / "download", {there: files[there]})
+    split = "obqa-train" if "sense" in script else "rte-train"
+    code, _, error = run(script, folder, tmp_path / "out", "--split", split)
+    assert code == 2 and f"{lost} is neither in" in error and not (tmp_path / "out").exists()
 
 
 def test_damaged_text_is_told(tmp_path, run):

@@ -129,7 +129,8 @@ def _rooted(url: str, root: Path) -> str:
 
 
 def apply_override(data: dict, override: str) -> None:
-    """Sets one `key.key=value` in a plain dict. Raises UserError where it is not of that form."""
+    """Sets one `key.key=value` in a plain dict; `tasks.NAME=null` takes a task out. Raises UserError where it is not of
+    that form."""
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override {override!r} is not of the form key.key=value")
@@ -140,7 +141,12 @@ def apply_override(data: dict, override: str) -> None:
             raise UserError(f"override {override!r}: {parent} is not a section")
         data[parent] = section = dict(section)  # of its own: by an alias it may be another section too
         data = section
+    known = list(data)
     data[last], _ = _parse(value, f"override {override!r}: the value")
+    if data[last] is None and parents in ([key] for key in _TASKS):
+        del data[last]
+        if last not in known:
+            raise UserError(f"override {override!r}: there is no task {last!r}", near=(last, known))
 
 
 def _parse(text: str, what: str) -> tuple[Any, dict[tuple, int]]:

@@ -14,6 +14,10 @@ class UserError(Exception):
         super().__init__(message + (did_you_mean(*near) if near else ""))
 
 
+class Diverged(UserError):
+    """A training whose gradient is no number any more."""
+
+
 class BadSample(Exception):
     """Why a sample cannot be used."""
 

@@ -1,7 +1,7 @@
 """Evaluation of one task: adapters off (zero-shot) or on (adapted), every sample once."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -150,5 +150,9 @@ def primary_score(model: MultiTaskModel, metrics: Mapping[str, Mapping[str, floa
 
     The logarithm lets a task gain by proportion, or CIDEr, which runs to 1000, would outweigh every recall.
     """
-    values = [values[model.tasks[name].primary] for name, values in metrics.items()]
-    return sum(map(math.log1p, values)) / len(values)
+    return score_of([values[model.tasks[name].primary] for name, values in metrics.items()])
+
+
+def score_of(figures: Sequence[float]) -> float:
+    """The mean of log(1 + figure); a correlation below 0, or that is no number, counts as 0."""
+    return sum(math.log1p(figure) if figure > 0 else 0.0 for figure in figures) / len(figures)

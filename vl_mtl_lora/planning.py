@@ -65,8 +65,8 @@ class Plan:
 
 
 def plan(config: RunConfig, gpu: str = "H100-80GB", gpus: Sequence[int] = (1, 8, 64)) -> list[Plan]:
-    """One plan for each number of GPUs, and for several both with the weights copied and spread. Needs no weights and
-    no shards.
+    """One plan for each number of GPUs, and for several both with the weights copied and spread; with batches of one
+    task for one GPU alone, as training. Needs no weights and no shards.
 
     Raises:
         UserError: an unknown card, or a config that cannot be built.
@@ -80,7 +80,7 @@ def plan(config: RunConfig, gpu: str = "H100-80GB", gpus: Sequence[int] = (1, 8,
     half = train.precision == "bf16" or model.backbone.dtype.itemsize == 2
     forward, backward = launches(probe)
     if config.data.mixing.turns:  # a batch has one task
-        forward, backward = forward / len(config.tasks), backward / len(config.tasks)
+        forward, backward, gpus = forward / len(config.tasks), backward / len(config.tasks), [1]
     times = {"computing": train.accumulate * operations / (_REACHED * (card.bf16 if half else card.float32)),
              "launching": train.accumulate * _LAUNCH * (forward * (1 + train.checkpointing) + backward)}
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)

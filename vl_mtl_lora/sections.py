@@ -166,7 +166,7 @@ class MixingSection(Strict):
     """How many rows of a batch each task gets; see `data.mixing.expected_rows`."""
 
     by: Literal["quotas", "proportional", "temperature", "weights"] = "quotas"  # quotas: tasks.NAME.rows
-    turns: bool = False  # each batch is of one task, in turn; else of all
+    turns: bool = False  # the batches of a step are of one task; else each is of all
     rows: int | None = Field(None, ge=1)  # of a batch, unless by quotas; default: the sum of the quotas
     temperature: float | None = Field(None, ge=1)
     cap: int | None = Field(None, ge=1)  # larger tasks count as if they had so many samples
@@ -251,12 +251,10 @@ class RunConfig(Strict):
         for key in ("tasks", "held_out"):
             tasks = data.get(key) if isinstance(data, dict) else None
             if isinstance(tasks, dict):
-                # A task called vqa is of kind vqa; one held out has test shards alone, which nobody trains on. None
-                # takes a task out, by an override.
+                # A task called vqa is of kind vqa; one held out has test shards alone, which nobody trains on.
                 tasks = {name: {**({"kind": name} if name in TASK_SECTIONS else {}),
                                 **({"train": task.get("test") or "-"} if key == "held_out" else {}),
-                                **task} if isinstance(task, dict) else task
-                         for name, task in tasks.items() if task is not None}
+                                **task} if isinstance(task, dict) else task for name, task in tasks.items()}
                 data = {**data, key: tasks}
         return data
 

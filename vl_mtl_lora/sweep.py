@@ -3,65 +3,68 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from vl_mtl_lora.config import dump_config
 from vl_mtl_lora.errors import UserError
-from vl_mtl_lora.sweep_plan import SweepConfig, SweepRun, check_sweep, sweep_runs, valid_score
-from vl_mtl_lora.sweep_run import SCORE
+from vl_mtl_lora.sweep_plan import SweepConfig, SweepRun, check_sweep, sweep_runs, task_values, valid_score
+from vl_mtl_lora.sweep_run import SCORE, alone_in
 
 log = logging.getLogger(__name__)
 
 RECORDS = "runs.jsonl"
+_DIGEST = "digest.txt"  # in a run's folder: of the settings it was begun with
 
 
 def sweep(config: SweepConfig) -> list[dict]:
     """Runs what of a sweep is not yet done; returns the records of its tests, and adds each to OUT/runs.jsonl when its
-    run ends. A run that broke off goes on from its last checkpoint.
+    run ends. A run that broke off goes on from its last checkpoint. Ctrl-C and SIGTERM let those under way save.
 
     Raises:
-        UserError: a sweep that cannot be run; runs in the folder that were made with other settings; a run that failed,
-            once the others are done.
+        UserError: a sweep that cannot be run; runs in the folder that were made with other settings; another sweep in
+            it; runs that failed or diverged, once the others are done.
     """
     check_sweep(config)
     settings = [(method, budget) for budget in config.budgets for method in config.methods]
     rates = {setting: config.lr.values for setting in settings}
-    if len(config.lr.values) > 1:
-        trials = [run for setting in settings for lr in config.lr.values
-                  for run in sweep_runs(config, *setting, lr, [config.lr.seed], "valid")]
-        tuned, failed = _records(config, trials, "tuning")
-        rates = {setting: [_best_rate(config, setting, tuned, failed)] for setting in settings}
-    runs = [run for setting in settings for lr in rates[setting]
-            for run in sweep_runs(config, *setting, lr, config.seeds, "test")]
-    records, failed = _records(config, runs, "runs")
-    if failed:
-        raise UserError("\n".join([f"{len(failed)} of {len(runs)} runs failed:", *failed.values()]))
+    with alone_in(Path(config.out)), _sigterm_as_ctrl_c():
+        if config.tuned:
+            trials = [run for setting in settings for lr in config.lr.values
+                      for run in sweep_runs(config, *setting, lr, [config.lr.seed], "valid")]
+            tuned = _records(config, trials, "tuning")
+            rates = {setting: [_best_rate(config, setting, tuned)] for setting in settings}
+        runs = [run for setting in settings for lr in rates[setting]
+                for run in sweep_runs(config, *setting, lr, config.seeds, "test")]
+        records = _records(config, runs, "runs")
+    if diverged := [f"{record['run']}: {record['diverged']}" for record in records if "diverged" in record]:
+        raise UserError("\n".join([f"{len(diverged)} of {len(records)} trainings diverged; leave such learning rates "
+                                   "out of lr.values:", *diverged]))
     return records
 
 
-def _best_rate(config: SweepConfig, setting: tuple[str, str], records: Iterable[Mapping],
-               failed: Mapping[str, str]) -> float:
-    """The learning rate with the best valid score; one with which a training failed is out."""
+def _best_rate(config: SweepConfig, setting: tuple[str, str], records: Iterable[Mapping]) -> float:
+    """The learning rate with the best valid score, among those with which no training diverged."""
     scores = {}
     for lr in config.lr.values:
         own = [record for record in records if (record["method"], record["budget"], record["lr"]) == (*setting, lr)]
-        lost = [name for name in failed if name.startswith("/".join([*setting, f"lr-{lr:g}", ""]))]
-        if own and not lost:
+        if not any("diverged" in record for record in own):
             scores[lr] = valid_score(config, own)
     if not scores:
-        raise UserError("\n".join([f"{setting[0]}, {setting[1]}: a training failed with every learning rate:",
-                                   *(why for name, why in failed.items() if name.startswith("/".join(setting)))]))
+        raise UserError(f"{', '.join(setting)}: a training diverged with every learning rate; try lower ones")
     return max(scores, key=scores.get)
 
 
-def _records(config: SweepConfig, runs: Sequence[SweepRun], what: str) -> tuple[list[dict], dict[str, str]]:
-    """(a record of each run that is done now, by name why others failed)."""
+def _records(config: SweepConfig, runs: Sequence[SweepRun], what: str) -> list[dict]:
+    """A record of each run; those that are not done are run."""
     out = Path(config.out)
     known = read_records(out / RECORDS)
     for run in runs:
@@ -69,43 +72,81 @@ def _records(config: SweepConfig, runs: Sequence[SweepRun], what: str) -> tuple[
             raise UserError(f"{out / run.name} was made with other settings than the sweep's: remove its line from "
                             f"{out / RECORDS}, and its folder, or choose another out=FOLDER")
     todo = [run for run in runs if run.name not in known]
-    failed = {}
-    out.mkdir(parents=True, exist_ok=True)
+    failed, under_way = [], set()
     pool = ThreadPoolExecutor(config.jobs)
     try:
-        started = {pool.submit(_run, run, out / run.name, config.jobs): run for run in todo}
+        started = {pool.submit(_run, run, out / run.name, config.jobs, under_way): run for run in todo}
         for future in tqdm(as_completed(started), total=len(todo), desc=what, unit="run", dynamic_ncols=True):
             run = started[future]
             try:
                 known[run.name] = future.result()
             except UserError as error:
                 log.warning("%s", error)
-                failed[run.name] = str(error)
+                failed.append(str(error))
                 continue
+            if "tasks" in known[run.name]:
+                task_values(config, known[run.name])  # raises UserError where `metrics` is wrong
             part = out / f"{RECORDS}.part"
             part.write_text("".join(json.dumps(record) + "\n" for record in known.values()), encoding="utf-8")
             part.replace(out / RECORDS)
-    finally:  # after Ctrl-C those that run save, which they were told too; the others do not start
+    except BaseException:
+        for process in list(under_way):
+            process.terminate()  # it saves
+        raise
+    finally:
         pool.shutdown(cancel_futures=True)
-    return [known[run.name] for run in runs if run.name in known], failed
+    if failed:
+        raise UserError("\n".join([f"{len(failed)} of {len(runs)} runs failed; the same command tries them again:",
+                                   *failed]))
+    return [known[run.name] for run in runs]
 
 
-def _run(run: SweepRun, folder: Path, jobs: int) -> dict:
-    """Trains and measures one run in a process of its own."""
+def _run(run: SweepRun, folder: Path, jobs: int, under_way: set[subprocess.Popen]) -> dict:
+    """Trains and measures one run in a process of its own. Raises UserError where that fails."""
     folder.mkdir(parents=True, exist_ok=True)
+    begun = folder / _DIGEST
+    if begun.exists() and begun.read_text(encoding="utf-8") != run.digest:
+        raise UserError(f"{folder} holds a training that was begun with other settings: remove the folder")
+    begun.write_text(run.digest, encoding="utf-8")
     (folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
     (folder / SCORE).unlink(missing_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with open(folder / "log.txt", "ab") as file:
-        done = subprocess.run([sys.executable, "-m", "vl_mtl_lora.sweep_run", str(folder), run.split], stdout=file,
-                              stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    if done.returncode or not (folder / SCORE).exists():  # it ends with 0 where it was told to stop, and has saved
-        told = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").rpartition("\nerror: ")[2].strip()
-        raise UserError(f"{folder} failed: {told.splitlines()[0] if told else 'it was stopped'} (more in its log.txt)")
+        start = file.tell()
+        code = _process([sys.executable, "-m", "vl_mtl_lora.sweep_run", str(folder), run.split], file,
+                        {**os.environ, "OMP_NUM_THREADS": str(threads)}, under_way)
+    if code or not (folder / SCORE).exists():  # it ends with 0 where it was told to stop, and has saved
+        lines = (folder / "log.txt").read_bytes()[start:].decode(errors="replace").splitlines()
+        told = [line for line in lines if line.startswith("error: ")]
+        raise UserError(f"{folder}: {told[-1] if told else f'it ended with exit code {code}'} (see its log.txt)")
     score = json.loads((folder / SCORE).read_text(encoding="utf-8"))
     return {"run": run.name, "method": run.method, "budget": run.budget, "lr": run.lr, "seed": run.seed,
             "task": run.task, "split": run.split, "steps": run.config.train.steps, "parameters": run.parameters,
             "adapter": run.config.adapter.model_dump(), "digest": run.digest, **score}
+
+
+def _process(command: Sequence[str], log, environment: Mapping[str, str], under_way: set[subprocess.Popen]) -> int:
+    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as process:
+        under_way.add(process)
+        try:
+            return process.wait()
+        finally:
+            under_way.discard(process)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def read_records(path: str | Path) -> dict[str, dict]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from vl_mtl_lora.config import load_config, load_strict
 from vl_mtl_lora.errors import UserError, did_you_mean
+from vl_mtl_lora.evaluate import score_of
 from vl_mtl_lora.model import build_model
 from vl_mtl_lora.sections import MixingSection, RunConfig, Strict
 
@@ -40,7 +41,7 @@ class SweepConfig(Strict):
     out: str
     config: str
     set: list[str] = []  # for all runs
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(min_length=2)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(min_length=3)  # fewer have no interval to speak of
     lr: TuningSection
     budgets: dict[Name, list[str]] = Field(min_length=1)
     methods: dict[Name, MethodSection] = Field(min_length=2)
@@ -50,13 +51,22 @@ class SweepConfig(Strict):
     metrics: dict[str, str] = {}  # by task, what stands for it in place of its primary metric
     jobs: int = Field(1, ge=1)  # runs at the same time
 
+    @property
+    def tuned(self) -> bool:
+        """Whether there is a learning rate to choose."""
+        return len(self.lr.values) > 1
+
     @model_validator(mode="after")
     def _fits(self):
         for key in ("reference", "match"):
             if (name := getattr(self, key)) not in self.methods:
                 raise ValueError(f"{key}: no method {name!r}{did_you_mean(name, self.methods)}")
+            if self.methods[name].alone:
+                raise ValueError(f"{key}: {name} trains tasks alone; name one that trains them together")
         if self.methods[self.match].parameters is not None:
             raise ValueError(f"match: {self.match} has `parameters` itself")
+        if len(set(self.lr.values)) < len(self.lr.values):
+            raise ValueError("lr.values must be distinct")
         if len(set(self.seeds)) < len(self.seeds) or self.lr.seed in self.seeds:
             raise ValueError("seeds must be distinct, and lr.seed none of them: nothing is tuned on what is reported")
         if sum(method.alone for method in self.methods.values()) > 1:
@@ -92,34 +102,54 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 def check_sweep(sweep: SweepConfig) -> None:
     """Raises UserError for what would show only in the middle: a method that cannot be built, shards not named."""
-    for method in sweep.methods:
-        for budget in sweep.budgets:
+    splits = {"test": "methods are compared", **({"valid": "learning rates are tuned"} if sweep.tuned else {})}
+    known: set[str] = set()
+    for budget in sweep.budgets:
+        tasks = None
+        for method in sweep.methods:
             config = load_config(sweep.config, settings(sweep, method, budget))
-            for split in ("test", "valid") if len(sweep.lr.values) > 1 else ("test",):
+            if tasks is not None and list(config.tasks) != tasks:
+                raise UserError(f"methods.{method}: its tasks are others than those of the other methods; a budget may "
+                                "choose tasks, a method may not")
+            tasks, mixing = list(config.tasks), config.data.mixing
+            if sweep.methods[method].alone and (mixing.by != "quotas" or mixing.turns):
+                raise UserError(f"methods.{method}.alone: only where all train with data.mixing.by: quotas and without "
+                                "turns can a task alone see as many samples as among others")
+            for split, why in splits.items():
                 if lacking := [name for name, task in config.tasks.items() if not getattr(task, split)]:
-                    raise UserError(f"{sweep.config}: tasks.{lacking[0]}.{split}: missing; "
-                                    + ("methods are compared" if split == "test" else "learning rates are tuned")
-                                    + " on it")
-            for key, names in {"metrics": sweep.metrics, **{f"groups.{g}": n for g, n in sweep.groups.items()}}.items():
-                if unknown := [name for name in names if name not in config.tasks]:
-                    raise UserError(f"{key}: no task {unknown[0]!r}", near=(unknown[0], config.tasks))
+                    raise UserError(f"{sweep.config}: tasks.{lacking[0]}.{split}: missing; {why} on it")
+        known.update(tasks)
+    for key, names in {"metrics": sweep.metrics, **{f"groups.{g}": n for g, n in sweep.groups.items()}}.items():
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"{key}: no task {unknown[0]!r}", near=(unknown[0], known))
 
 
 def sweep_runs(sweep: SweepConfig, method: str, budget: str, lr: float, seeds: Sequence[int],
                split: str) -> Iterator[SweepRun]:
     """The trainings of a method with a learning rate, one for each seed, and task where tasks are trained alone."""
-    text = Path(sweep.config).read_text(encoding="utf-8")
+    common = settings(sweep, method, budget)
     for seed in seeds:
-        overrides = [*settings(sweep, method, budget), f"train.lr={lr!r}", f"train.seed={seed}"]
+        overrides = [*common, f"train.lr={lr!r}", f"train.seed={seed}"]
         whole = load_config(sweep.config, overrides)
         if split == "test" and not whole.train.eval_every:  # then the valid split chooses nothing
-            whole = _with_tasks(whole, {name: {"valid": []} for name in whole.tasks})
+            whole = whole.model_copy(update={"tasks": {
+                name: task.model_copy(update={"valid": []}) for name, task in whole.tasks.items()}})
         for task in whole.tasks if sweep.methods[method].alone else (None,):
             config = alone(whole, task) if task else whole
             name = "/".join([method, budget, f"lr-{lr:g}", f"seed-{seed}", *([task] if task else [])])
-            config = config.model_copy(update={"out": str(Path(sweep.out) / name)})
-            digest = hashlib.sha256(json.dumps([text, overrides, task]).encode()).hexdigest()[:16]
-            yield SweepRun(name, method, budget, lr, seed, task, split, trainable_parameters(config), config, digest)
+            yield SweepRun(name, method, budget, lr, seed, task, split, _size(sweep.config, tuple(common), task),
+                           config.model_copy(update={"out": str(Path(sweep.out) / name)}),
+                           _digest(config, Path(sweep.config).parent, split))
+
+
+def _digest(config: RunConfig, root: Path, split: str) -> str:
+    """The same on every machine: without defaults and `out`, shards by their way from the config."""
+    data = config.model_dump(mode="json", exclude={"out"}, exclude_defaults=True)
+    for tasks in (data["tasks"], data.get("held_out", {})):
+        for task in tasks.values():
+            for part in {"train", "valid", "test"} & task.keys():
+                task[part] = [os.path.relpath(url, root) if url.startswith("/") else url for url in task[part]]
+    return hashlib.sha256(json.dumps([data, split], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def settings(sweep: SweepConfig, method: str, budget: str) -> list[str]:
@@ -136,7 +166,7 @@ def settings(sweep: SweepConfig, method: str, budget: str) -> list[str]:
 
 def alone(config: RunConfig, task: str) -> RunConfig:
     """A config of one of its tasks, with that task's quota of rows; the others' samples are passed over."""
-    tags = {name: section.tag or name for name, section in config.tasks.items()}
+    tags = {name: section.tag or name for name, section in [*config.held_out.items(), *config.tasks.items()]}
     others = set(tags.values()) - {tags[task]}
     data = config.data.model_copy(update={
         "mixing": MixingSection(), "ignore_tasks": sorted({*config.data.ignore_tasks, *others})})
@@ -145,12 +175,16 @@ def alone(config: RunConfig, task: str) -> RunConfig:
 
 @cache
 def _matched_rank(method: str, config: str, overrides: tuple[str, ...], most: float) -> int:
-    """The largest rank with at most so many trainable parameters; 1 where even that has more."""
+    """The largest rank with at most so many trainable parameters."""
     def fits(rank: int) -> bool:
         return _size(config, (*overrides, f"adapter.rank={rank}")) <= most
 
     if _size(config, (*overrides, "adapter.rank=1")) == _size(config, (*overrides, "adapter.rank=2")):
         raise UserError(f"methods.{method}.parameters: its size does not depend on a rank; leave it out")
+    if not fits(1):
+        least = _size(config, (*overrides, "adapter.rank=1"))
+        raise UserError(f"methods.{method}.parameters: of rank 1 it has {least:,} trainable parameters, more than "
+                        f"{most:,.0f}; leave it out, or give `match` a higher rank")
     low, high = 1, 2
     while fits(high):
         low, high = high, 2 * high
@@ -161,19 +195,11 @@ def _matched_rank(method: str, config: str, overrides: tuple[str, ...], most: fl
 
 
 @cache
-def _size(config: str, overrides: tuple[str, ...]) -> int:
-    return trainable_parameters(load_config(config, list(overrides)))
-
-
-def trainable_parameters(config: RunConfig) -> int:
-    """Of adapters and heads. Needs no weights."""
-    model = build_model(config, dry_run="shapes")
+def _size(config: str, overrides: tuple[str, ...], task: str | None = None) -> int:
+    """Trainable parameters of adapters and heads, of a task alone where one is given. Needs no weights."""
+    run = load_config(config, list(overrides))
+    model = build_model(alone(run, task) if task else run, dry_run="shapes")
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _with_tasks(config: RunConfig, updates: Mapping[str, Mapping]) -> RunConfig:
-    return config.model_copy(update={"tasks": {
-        name: task.model_copy(update=updates[name]) for name, task in config.tasks.items()}})
 
 
 def task_values(sweep: SweepConfig, record: Mapping) -> dict[str, float]:
@@ -186,6 +212,5 @@ def task_values(sweep: SweepConfig, record: Mapping) -> dict[str, float]:
 
 
 def valid_score(sweep: SweepConfig, records: Sequence[Mapping]) -> float:
-    """The mean over tasks of log(1 + figure), as `evaluate.primary_score`, of the records of one setting."""
-    values = [value for record in records for value in task_values(sweep, record).values()]
-    return sum(map(math.log1p, values)) / len(values)
+    """The score of one setting on the valid split, over the tasks of its records."""
+    return score_of([value for record in records for value in task_values(sweep, record).values()])

@@ -41,9 +41,10 @@ def write_report(config: SweepConfig, records: Sequence[Mapping], out: str | Pat
     records: those of the sweep's tests.
 
     Raises:
-        UserError: matplotlib is missing.
+        UserError: matplotlib is missing; runs were measured on different shards.
     """
     pyplot = plotting()
+    _check_shards(records)
     out = Path(out)
     tables = {budget: compared(config, [r for r in records if r["budget"] == budget]) for budget in config.budgets}
     text = "\n".join(_report(config, tables, records)) + "\n"
@@ -64,6 +65,15 @@ def write_report(config: SweepConfig, records: Sequence[Mapping], out: str | Pat
     figure.savefig(out / "parameters.svg", metadata={"Date": None})
     pyplot.close(figure)
     return text
+
+
+def _check_shards(records: Sequence[Mapping]) -> None:
+    seen: dict[str, str] = {}
+    for record in records:
+        for task, shards in record["shards"].items():
+            if seen.setdefault(task, shards["hash"]) != shards["hash"]:
+                raise UserError(f"{record['run']} was measured on other shards of {task} than the runs before it: "
+                                "remove the lines of one or the other from runs.jsonl, and run the sweep again")
 
 
 def plotting():
@@ -127,9 +137,10 @@ def interval_of_mean(values: Sequence[float]) -> Interval:
 
 
 def outcome(difference: Sequence[float]) -> int:
-    """1 where the interval of the mean difference lies above 0, -1 where below, else 0."""
+    """1 where the interval of the mean difference lies above 0, -1 where below, else 0. Of differences that are all the
+    same nothing is known."""
     low, high = interval_of_mean(difference)
-    return int(low > 0) - int(high < 0)
+    return int(low > 0) - int(high < 0) if low < high else 0
 
 
 def won_and_lost(row: Row, other: Row) -> tuple[list[str], list[str]]:
@@ -139,18 +150,19 @@ def won_and_lost(row: Row, other: Row) -> tuple[list[str], list[str]]:
 
 
 def _report(config: SweepConfig, tables: Mapping[str, Sequence[Row]], records: Sequence[Mapping]) -> Iterator[str]:
-    tasks = list(next(iter(tables.values()))[0].tasks)
-    yield f"# {len(config.methods)} methods, {len(tasks)} tasks, {len(config.seeds)} seeds"
-    yield ""
     metrics = {task: config.metrics.get(task, metric) for r in records for task, metric in r["primary"].items()}
+    yield f"# {len(config.methods)} methods, {len(metrics)} tasks, {len(config.seeds)} seeds"
+    yield ""
     yield ("Figures are of the test split: " + "; ".join(
         f"{metric.replace('_', ' ')} of {', '.join(task for task, m in metrics.items() if m == metric)}"
         for metric in dict.fromkeys(metrics.values())) + ".")
     yield ""
-    yield (f"The score of a method is these figures in {_unit(config)}. ± and ranges are 95 % "
-           f"intervals over {len(config.seeds)} seeds (Student's t); differences to {config.reference} are paired by "
-           f"seed. Of every method and budget the learning rate was the best of "
-           f"{', '.join(f'{lr:g}' for lr in config.lr.values)} on the valid split, with seed {config.lr.seed}.")
+    rates = ", ".join(f"{lr:g}" for lr in config.lr.values)
+    yield (f"The score of a method is these figures in {_unit(config)}. ± and ranges are 95 % intervals over "
+           f"{len(config.seeds)} seeds (Student's t); differences to {config.reference} are paired by seed; one "
+           "interval in twenty misses by chance. "
+           + (f"For each method and budget the learning rate was the best of {rates} on the valid split, with seed "
+              f"{config.lr.seed}." if config.tuned else f"The learning rate is {rates} for all."))
     measure = _measure(config)
     if zero := [f"{task} ({budget})" for budget, rows in tables.items() for row in rows if row.method == measure
                 for task, values in row.tasks.items() if not values.mean() > 0]:
@@ -172,17 +184,22 @@ def findings(rows: Sequence[Row], reference: Row) -> Iterator[str]:
     for row in rows:
         if row is reference:
             continue
-        low, high = interval_of_mean(row.scores - reference.scores)
-        gain, verdict = (row.scores - reference.scores).mean(), outcome(row.scores - reference.scores)
+        difference = row.scores - reference.scores
         better, worse = won_and_lost(row, reference)
-        told = {1: f"is better than {reference.method} by {gain:.1f} points ({low:.1f} to {high:.1f})",
-                -1: f"is worse than {reference.method} by {-gain:.1f} points ({-high:.1f} to {-low:.1f})",
-                0: f"cannot be told from {reference.method} with {len(row.scores)} seeds: {gain:+.1f} points "
-                   f"({low:+.1f} to {high:+.1f})"}[verdict]
+        verdict = {1: f"is better than {reference.method}", -1: f"is worse than {reference.method}",
+                   0: f"cannot be told from {reference.method} with {len(difference)} seeds"}[outcome(difference)]
+        parts = [f"{_signed(difference)} points",
+                 *(f"{group} {_signed(values - reference.groups[group])}" for group, values in row.groups.items())]
         cost = f"with {row.parameters / reference.parameters:.2f} times its parameters"
         if row.speed:
             cost += f" and at {row.speed / reference.speed:.2f} of its speed"
-        yield f"**{row.method}** {told}, {cost}; better on {_names(better)}, worse on {_names(worse)}."
+        yield (f"**{row.method}** {verdict}: {', '.join(parts)}; {cost}; better on {_names(better)}, worse on "
+               f"{_names(worse)}.")
+
+
+def _signed(difference: np.ndarray) -> str:
+    low, high = interval_of_mean(difference)
+    return f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _names(tasks: Sequence[str]) -> str:
@@ -191,16 +208,16 @@ def _names(tasks: Sequence[str]) -> str:
 
 def _scores(rows: Sequence[Row], reference: Row) -> Iterator[str]:
     groups = list(rows[0].groups)
-    yield ("| method | parameters | lr | score | difference | won, lost | "
-           + "".join(f"{group} | " for group in groups) + "speed |").replace("  ", " ")
-    yield "|---|---:|---:|---:|---:|---:|" + "---:|" * (len(groups) + 1)
+    heads = ["method", "parameters", "lr", "score", "difference", "won, lost", *groups, "speed"]
+    yield f"| {' | '.join(heads)} |"
+    yield "|---|" + "---:|" * (len(heads) - 1)
     for row in sorted(rows, key=lambda row: -row.scores.mean()):
         low, high = interval_of_mean(row.scores - reference.scores)
         better, worse = won_and_lost(row, reference)
         versus = ["", ""] if row is reference else [f"{low:+.1f} to {high:+.1f}", f"{len(better)}, {len(worse)}"]
-        speed = f"{row.speed / reference.speed:.2f}" if row.speed else ""
         cells = [row.method, f"{row.parameters:,}", f"{row.lr:g}", _figure(row.scores), *versus,
-                 *(_figure(row.groups[group]) for group in groups), speed]
+                 *(_figure(row.groups[group]) for group in groups),
+                 f"{row.speed / reference.speed:.2f}" if row.speed else ""]
         yield f"| {' | '.join(cells)} |"
 
 

@@ -24,7 +24,7 @@ from vl_mtl_lora.data.index import TaskIndex, build_indices
 from vl_mtl_lora.data.mixing import expected_rows
 from vl_mtl_lora.data.pictures import output_side
 from vl_mtl_lora.data.stream import Batch, BatchStream, Feed, loader_deaths_told, train_batches
-from vl_mtl_lora.errors import UserError
+from vl_mtl_lora.errors import Diverged, UserError
 from vl_mtl_lora.evaluate import evaluate_tasks, primary_score
 from vl_mtl_lora.journal import Journal, Meter
 from vl_mtl_lora.model import MultiTaskModel, build_model, checkpoint_blocks
@@ -141,8 +141,8 @@ def _train(accelerator: Accelerator, config: RunConfig, resume: bool, launcher: 
             saves = (step + 1) % section.save_every == 0 or at_end or stop
             evaluates = valid and (at_end or section.eval_every and (step + 1) % section.eval_every == 0)
             if (logs or saves or evaluates) and not math.isfinite(norm):  # asked now and then: asking makes a GPU wait
-                raise UserError(f"the gradient is {float(norm)} at step {step + 1}: lower train.lr; the last good "
-                                f"checkpoint is {last if last.exists() else 'missing'}")
+                raise Diverged(f"the gradient is {float(norm)} at step {step + 1}: lower train.lr; the last good "
+                               f"checkpoint is {last if last.exists() else 'missing'}")
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -237,7 +237,8 @@ def build_stream(config: RunConfig, model: MultiTaskModel, indices: Mapping[str,
                              temperature=mixing.temperature, cap=mixing.cap, weights=mixing.weights)
     return BatchStream(feeds, [rows[name] for name in indices], ids=[model.router.index(name) for name in indices],
                        collate_images=model.backbone.collate_images, seed=config.train.seed, window=config.data.shuffle,
-                       world=world(), start=start, used=used, turns=mixing.turns)
+                       world=world(), start=start, used=used,
+                       turns=config.train.accumulate if mixing.turns else 0)
 
 
 def build_optimizer(model: MultiTaskModel, lr: float, weight_decay: float) -> torch.optim.AdamW:

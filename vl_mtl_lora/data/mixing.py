@@ -82,24 +82,25 @@ class Schedule:
 class Turns:
     """Batches of one task each, all of the same size: the task is drawn, the more often the more rows are expected.
 
-    expected: (T,), as of `Schedule`; their sum is a batch's rows.
+    expected: (T,), as of `Schedule`; their sum is a batch's rows. each: so many batches in a row have the same task.
     """
 
-    def __init__(self, expected: Sequence[float], *, seed: int):
+    def __init__(self, expected: Sequence[float], *, seed: int, each: int = 1):
         self._shares = np.asarray(expected, dtype=np.float64) / sum(expected)
-        self._rows, self._seed = round(sum(expected)), seed
-        self._counts: list[np.ndarray] = []  # (chunk, T) batches of each task before each batch, and before the next
+        self._rows, self._seed, self._each = round(sum(expected)), seed, each
+        self._counts: list[np.ndarray] = []  # (chunk, T) turns of each task before each turn, and before the next
 
     def __call__(self, batch: int) -> tuple[list[int], list[int]]:
         """(rows of each task in a batch, rows of each task in all batches before it)."""
-        chunk, place = divmod(batch, _CHUNK)
+        turn, part = divmod(batch, self._each)
+        chunk, place = divmod(turn, _CHUNK)
         while len(self._counts) <= chunk:
             rng = np.random.default_rng([self._seed, len(self._counts)])
             drawn = np.eye(len(self._shares), dtype=np.int64)[rng.choice(len(self._shares), _CHUNK, p=self._shares)]
             start = self._counts[-1][-1] if self._counts else np.zeros_like(drawn[0])
             self._counts.append(start + np.concatenate([np.zeros_like(drawn[:1]), np.cumsum(drawn, axis=0)]))
         before, after = self._rows * self._counts[chunk][place:place + 2]
-        return (after - before).tolist(), before.tolist()
+        return (after - before).tolist(), (self._each * before + part * (after - before)).tolist()
 
 
 def expected_rows(by: str, sizes: Mapping[str, int], rows: int, minimum: Mapping[str, int], *,

@@ -75,7 +75,8 @@ class BatchStream(Dataset):
     """`stream[n]` is batch number n, from 0 on without end.
 
     rows: of each task in a batch, in the feeds' order; where they are no whole numbers, on the long average. turns:
-    instead a batch has so many rows in all, of one task, on the long average as many of each; see `Turns`.
+    instead a batch has so many rows in all, of one task, the same for so many batches; on the long average as many of
+    each; see `Turns`.
     ids: of the feeds' tasks; default: 0, 1 and so on. collate_images: the pictures of a batch -> the tensor of them.
     window: see `SampleOrder`.
     world: ranks that share the stream. used: (T,) samples of each task used before turn `start`, by however many ranks
@@ -84,11 +85,11 @@ class BatchStream(Dataset):
 
     def __init__(self, feeds: Sequence[Feed], rows: Sequence[float], *, ids: Sequence[int] | None = None,
                  collate_images: Callable[[list], Any] = default_collate, seed: int = 0, window: int = 100_000,
-                 world: int = 1, start: int = 0, used: Sequence[int] | None = None, turns: bool = False):
+                 world: int = 1, start: int = 0, used: Sequence[int] | None = None, turns: int = 0):
         self.feeds, self.seed, self.collate_images, self.world = list(feeds), seed, collate_images, world
         self.tasks = [feed.index.source.task for feed in self.feeds]
         self.ids = list(range(len(self.feeds)) if ids is None else ids)
-        self.schedule = (Turns if turns else Schedule)(rows, seed=seed)
+        self.schedule = Turns(rows, seed=seed, each=turns) if turns else Schedule(rows, seed=seed)
         _, before = self.schedule(start)
         self._lead = [0] * len(feeds) if used is None else [n - world * first for n, first in zip(used, before)]
         self.orders = [SampleOrder(task, feed.index.sizes, seed=seed, window=window)

@@ -90,12 +90,12 @@ class Matching(nn.Module):
     def score(self, predictions, samples, thorough=False):
         labels, pictures = [self.numbers[s.fields["label"]] for s in samples], pictures_of(samples)
         metrics = {"accuracy": topk_accuracy([[number] for number in self._chosen(predictions)], labels, 1, pictures)}
-        if len(set(labels)) > 1:  # else there is nothing to put in order
-            scores = [score for score, _ in predictions]
+        scores = [score for score, _ in predictions]
+        truths = [s.fields.get("score", label) for s, label in zip(samples, labels)]
+        if len(set(labels)) > 1 or self.primary == "AUC":  # else there is nothing to put in order
             metrics["AUC"] = concordance(scores, labels, pictures)
-            truths = [s.fields.get("score", label) for s, label in zip(samples, labels)]
-            if len(set(truths)) > 2 or self.primary == "Spearman":  # of two it says what AUC says
-                metrics["Spearman"] = spearman(scores, truths, pictures)
+        if len(set(truths)) > 2 or self.primary == "Spearman":  # of two it says what AUC says
+            metrics["Spearman"] = spearman(scores, truths, pictures)
         return metrics
 
     def quality(self, predictions, samples):
