@@ -1,7 +1,9 @@
 """A sweep's plan, its runs, and its report against figures worked out by hand."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +239,22 @@ def test_the_command_runs_each_training_in_a_process(sweep_file, tmp_path, comma
     assert (out / "report.md").read_text() in told
     assert "<svg" in (out / "parameters.svg").read_text()
     assert (out / "LoRA/short/lr-0.01/seed-3/last").is_dir()
+
+
+def test_sigterm_lets_the_training_under_way_save(sweep_file, tmp_path):
+    path = sweep_file(lr={"values": [0.01]}, set=["train.steps=100000"])
+    folder = tmp_path / "sweep/ours/short/lr-0.01/seed-0"
+    with open(tmp_path / "told", "wb") as told:
+        process = subprocess.Popen([sys.executable, "-m", "vl_mtl_lora", "sweep", str(path)], stdout=told, stderr=told)
+    deadline = time.monotonic() + 120
+    while not (folder / "log.jsonl").exists() or '"lr"' not in (folder / "log.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "told").read_text()
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 130
+    assert json.loads((folder / "last" / "adapter_config.json").read_text())["step"] > 0
+    with sweep_run.alone_in(folder):  # nobody works in it any more
+        assert not (tmp_path / "sweep" / "runs.jsonl").exists()
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
