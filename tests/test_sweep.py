@@ -325,6 +325,7 @@ def test_the_report_says_it_in_tables(judged, tmp_path):
     text = write_report(config, records, tmp_path)
     assert "| ours | 150 | 0.01 | 60.1 ± 0.4 | +9.8 to +10.3 | 1, 1 | 75.6 ± 1.6 | 0.80 |" in text
     assert "| ours | 30.2 ▲ | 35.8 ▼ |" in text
+    assert "| LoRA | -10.1 ▼ |  | -49.9 ▼ |" in text
     first = (tmp_path / "parameters.svg").read_bytes()
     write_report(config, records, tmp_path)
     assert (tmp_path / "parameters.svg").read_bytes() == first

@@ -171,7 +171,7 @@ def _report(config: SweepConfig, tables: Mapping[str, Sequence[Row]], records: S
         reference = next(row for row in rows if row.method == config.reference)
         yield from ["", f"## {budget}", ""]
         yield from (f"- {sentence}" for sentence in findings(rows, reference))
-        yield from ["", *_scores(rows, reference), "", *_tasks(rows, reference)]
+        yield from ["", *_scores(rows, reference), "", *_tasks(rows, reference), "", *_pairs(rows)]
     yield from ["", "![score against trainable parameters](parameters.svg)", "", "## Where the figures come from", ""]
     first = records[0]
     yield (f"runs.jsonl has a line for each run with its seed, learning rate, adapter, every metric and the shards' "
@@ -225,11 +225,25 @@ def _tasks(rows: Sequence[Row], reference: Row) -> Iterator[str]:
     yield f"| method | {' | '.join(reference.tasks)} |"
     yield "|---|" + "---:|" * len(reference.tasks)
     for row in rows:
-        cells = [f"{values.mean():.1f}" + {1: " ▲", 0: "", -1: " ▼"}[outcome(values - reference.tasks[task])]
-                 for task, values in row.tasks.items()]
+        cells = [_marked(values - reference.tasks[task], ".1f", values.mean()) for task, values in row.tasks.items()]
         yield f"| {row.method} | {' | '.join(cells)} |"
     yield ""
     yield f"Each task's own metric, the mean over seeds; ▲ above, ▼ below {reference.method} beyond the interval."
+
+
+def _pairs(rows: Sequence[Row]) -> Iterator[str]:
+    yield f"| score less that of | {' | '.join(row.method for row in rows)} |"
+    yield "|---|" + "---:|" * len(rows)
+    for row in rows:
+        cells = ["" if row is other else _marked(row.scores - other.scores, "+.1f") for other in rows]
+        yield f"| {row.method} | {' | '.join(cells)} |"
+    yield ""
+    yield "The mean difference of scores, paired by seed; ▲ above 0, ▼ below 0 beyond the interval."
+
+
+def _marked(difference: np.ndarray, spec: str, mean: float | None = None) -> str:
+    shown = difference.mean() if mean is None else mean
+    return f"{shown:{spec}}" + {1: " ▲", 0: "", -1: " ▼"}[outcome(difference)]
 
 
 def _figure(values: np.ndarray) -> str:
