@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -139,16 +138,16 @@ def sweep_runs(sweep: SweepConfig, method: str, budget: str, lr: float, seeds: S
             name = "/".join([method, budget, f"lr-{lr:g}", f"seed-{seed}", *([task] if task else [])])
             yield SweepRun(name, method, budget, lr, seed, task, split, _size(sweep.config, tuple(common), task),
                            config.model_copy(update={"out": str(Path(sweep.out) / name)}),
-                           _digest(config, Path(sweep.config).parent, split))
+                           _digest(config, split))
 
 
-def _digest(config: RunConfig, root: Path, split: str) -> str:
-    """The same on every machine: without defaults and `out`, shards by their way from the config."""
+def _digest(config: RunConfig, split: str) -> str:
+    """The same on every machine: without defaults and `out`, shards by their files' names."""
     data = config.model_dump(mode="json", exclude={"out"}, exclude_defaults=True)
     for tasks in (data["tasks"], data.get("held_out", {})):
         for task in tasks.values():
             for part in {"train", "valid", "test"} & task.keys():
-                task[part] = [os.path.relpath(url, root) if url.startswith("/") else url for url in task[part]]
+                task[part] = [url.rpartition("/")[2] for url in task[part]]
     return hashlib.sha256(json.dumps([data, split], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -243,7 +243,7 @@ def _pairs(rows: Sequence[Row]) -> Iterator[str]:
 
 def _marked(difference: np.ndarray, spec: str, mean: float | None = None) -> str:
     shown = difference.mean() if mean is None else mean
-    return f"{shown:{spec}}" + {1: " ▲", 0: "", -1: " ▼"}[outcome(difference)]
+    return f"{round(shown, 1) + 0.0:{spec}}" + {1: " ▲", 0: "", -1: " ▼"}[outcome(difference)]
 
 
 def _figure(values: np.ndarray) -> str:
