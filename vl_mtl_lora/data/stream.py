@@ -120,8 +120,7 @@ class BatchStream(Dataset):
         images, ids, slices, inputs, keys, checked = [], [], {}, {}, [], []
         rng = random.Random(f"{self.seed}/batch/{number}")
         places, epochs = self.places(number)
-        for task_id, feed, rows in zip(self.ids, self.feeds, places):
-            task = feed.index.source.task
+        for task_id, task, feed, rows in zip(self.ids, self.tasks, self.feeds, places):
             if not rows:
                 continue
             with _pinned(rng.getrandbits(48)):

@@ -97,11 +97,11 @@ class MultipleChoice(nn.Module):
     def score(self, predictions, samples, thorough=False):
         pictures = pictures_of(samples)
         metrics = {"accuracy": mean(self.quality(predictions, samples), pictures, 100.0)}
-        classes = {tuple(s.fields["choices"]) for s in samples}
-        if len(classes) == 1:
+        classes = _classes(samples)
+        if classes:
             labels = [s.fields["answer"] for s in samples]
             metrics["Matthews"] = matthews_correlation(predictions, labels, pictures)
-            if len(*classes) == 2:
+            if len(classes) == 2:
                 metrics["F1"] = f1(predictions, labels, pictures)
         if self.primary not in metrics:
             raise UserError(f"tasks.{self.name}.metric: {self.primary} is of samples that have the same "
@@ -112,19 +112,23 @@ class MultipleChoice(nn.Module):
         return [float(prediction == s.fields["answer"]) for prediction, s in zip(predictions, samples)]
 
     def closed(self, predictions, samples):
-        if len({tuple(s.fields["choices"]) for s in samples}) != 1:
-            return []
-        return [(s.fields["choices"][s.fields["answer"]], s.fields["choices"][number])
-                for s, number in zip(samples, predictions)]
+        classes = _classes(samples)
+        return [(classes[s.fields["answer"]], classes[number]) for s, number in zip(samples, predictions)
+                ] if classes else []
 
     def notes(self, samples):
-        if len({tuple(s.fields["choices"]) for s in samples}) != 1 or len(samples[0].fields["choices"]) != 2:
-            return []
-        return [f"{self.name}: F1 is of {samples[0].fields['choices'][1]!r}."]
+        classes = _classes(samples)
+        return [f"{self.name}: F1 is of {classes[1]!r}."] if len(classes) == 2 else []
 
     def answers(self, predictions, samples, rows):
         return [Answer(samples[i].fields["choices"][predictions[i]], predictions[i] == samples[i].fields["answer"])
                 for i in rows]
+
+
+def _classes(samples) -> tuple[str, ...]:
+    """The choices, where they are the same for all samples; else none."""
+    found = {tuple(s.fields["choices"]) for s in samples}
+    return found.pop() if len(found) == 1 else ()
 
 
 def _places(samples) -> torch.Tensor:
