@@ -13,7 +13,8 @@ Flickr's terms hold.
 from collections.abc import Iterator
 from functools import partial
 
-from convert import Download, argument_parser, command, convert, texts
+from convert import argument_parser, command, convert, texts
+from download import Download
 
 SOURCE = "A-OKVQA, https://allenai.org/project/a-okvqa"
 LICENCE = "Apache-2.0; pictures: Flickr terms of use"

@@ -13,7 +13,8 @@ sample per task, with all its captions. Licence: annotations CC BY 4.0; for the 
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from convert import Download, argument_parser, command, convert, karpathy_captions
+from convert import argument_parser, command, convert, karpathy_captions
+from download import Download
 
 SOURCE = "COCO captions, Karpathy's splits, https://cocodataset.org"
 LICENCE = "annotations CC BY 4.0; pictures: Flickr terms of use"

@@ -20,7 +20,8 @@ the home pages; of most CC BY or CC BY-SA.
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from convert import Download, argument_parser, command, convert, held_out
+from convert import argument_parser, command, convert, held_out
+from download import Download
 
 SOURCE = "BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC and OpenBookQA; home pages: https://super.gluebenchmark.com, " \
          "https://yonatanbisk.com/piqa, https://maartensap.com/social-iqa, https://rowanzellers.com/hellaswag, " \

@@ -13,7 +13,8 @@ captions. Licence: for research and education only; for the pictures Flickr's te
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from convert import Download, argument_parser, command, convert, karpathy_captions
+from convert import argument_parser, command, convert, karpathy_captions
+from download import Download
 
 SOURCE = "Flickr30k, Karpathy's splits, https://shannon.cs.illinois.edu/DenotationGraph/"
 LICENCE = "research and education only; pictures: Flickr terms of use"

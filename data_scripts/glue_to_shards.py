@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from convert import Download, argument_parser, command, convert, held_out
+from convert import argument_parser, command, convert, held_out
+from download import Download
 
 SOURCE = "GLUE, https://gluebenchmark.com"
 LICENCE = "that of each set, see https://gluebenchmark.com/tasks"

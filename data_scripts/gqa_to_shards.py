@@ -13,7 +13,8 @@ those of Visual Genome.
 from collections.abc import Iterator
 from functools import partial
 
-from convert import Download, argument_parser, command, convert
+from convert import argument_parser, command, convert
+from download import Download
 
 SOURCE = "GQA, https://cs.stanford.edu/people/dorarad/gqa/"
 LICENCE = "CC BY 4.0"

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import PurePosixPath
 
-from convert import Download, argument_parser, command, convert
+from convert import argument_parser, command, convert
+from download import Download
 
 SOURCE = "LLaVA-Instruct, https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K"
 LICENCE = "CC BY 4.0, subject to OpenAI's terms of use; pictures: those of each set"

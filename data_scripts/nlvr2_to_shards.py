@@ -13,7 +13,8 @@ CC BY 4.0; the pictures belong to their owners.
 from collections.abc import Iterator
 from functools import partial
 
-from convert import Download, argument_parser, command, convert
+from convert import argument_parser, command, convert
+from download import Download
 
 SOURCE = "NLVR2, https://lil.nlp.cornell.edu/nlvr/"
 LICENCE = "annotations CC BY 4.0; pictures: see the home page"

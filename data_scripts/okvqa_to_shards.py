@@ -14,7 +14,8 @@ compares with (`answer`, not `raw_answer`). Licence: see the home page; for the 
 from collections.abc import Iterator
 from functools import partial
 
-from convert import Download, argument_parser, coco_questions, command, convert
+from convert import argument_parser, coco_questions, command, convert
+from download import Download
 
 SOURCE = "OK-VQA, https://okvqa.allenai.org"
 LICENCE = "see the home page; pictures: Flickr terms of use"

@@ -14,7 +14,8 @@ the pictures for research and education only.
 from collections.abc import Iterator
 from functools import partial
 
-from convert import Download, argument_parser, command, convert
+from convert import argument_parser, command, convert
+from download import Download
 
 SOURCE = "SNLI-VE, https://github.com/necla-ml/SNLI-VE"
 LICENCE = "SNLI CC BY-SA 4.0, SNLI-VE code BSD-3-Clause; pictures of Flickr30k: research and education only"

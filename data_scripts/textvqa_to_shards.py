@@ -13,7 +13,8 @@ of Open Images.
 from collections.abc import Iterator
 from functools import partial
 
-from convert import Download, argument_parser, command, convert, texts
+from convert import argument_parser, command, convert, texts
+from download import Download
 
 SOURCE = "TextVQA 0.5.1, https://textvqa.org"
 LICENCE = "CC BY 4.0"

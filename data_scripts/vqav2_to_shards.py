@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
-from convert import Download, argument_parser, coco_questions, command, convert, positive_int, texts, write_lines
+from convert import argument_parser, coco_questions, command, convert, positive_int, texts, write_lines
+from download import Download
 
 SOURCE = "VQA v2, https://visualqa.org"
 LICENCE = "annotations CC BY 4.0; pictures: Flickr terms of use"
