@@ -74,6 +74,14 @@ def expected(name, layer, base, x):
     return torch.stack(rows)
 
 
+def test_the_factors_of_multi_lora_start_as_linear_layers_do(made):
+    layer, _, _ = made("multi_lora", splits=3, fresh=True)
+    for part, like in ((layer.down, nn.Linear(10, RANK)), (layer.up, nn.Linear(RANK, 12))):
+        bound = like.weight.abs().max()  # of so few still near the bound
+        assert 0.9 * bound < part.abs().max() < 1.1 * bound
+        assert float(part.abs().mean()) == pytest.approx(float(bound) / 2, rel=0.2)
+
+
 @pytest.mark.parametrize("name", ["lora", "own", "hydra", "multi_lora", "moe_lora"])
 def test_outputs_and_gradients_are_those_of_the_formula(made, name):
     layer, base, x = made(name)

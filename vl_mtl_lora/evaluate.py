@@ -1,7 +1,7 @@
 """Evaluation of one task: adapters off (zero-shot) or on (adapted), every sample once."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -148,11 +148,8 @@ def evaluation_indices(config: RunConfig, split: str, faults: FaultLog) -> dict[
 def primary_score(model: MultiTaskModel, metrics: Mapping[str, Mapping[str, float]]) -> float:
     """What the best checkpoint is chosen by: the mean over tasks of log(1 + primary metric).
 
-    The logarithm lets a task gain by proportion, or CIDEr, which runs to 1000, would outweigh every recall.
+    The logarithm lets a task gain by proportion, or CIDEr, which runs to 1000, would outweigh every recall. A
+    correlation below 0, or that is no number, counts as 0.
     """
-    return score_of([values[model.tasks[name].primary] for name, values in metrics.items()])
-
-
-def score_of(figures: Sequence[float]) -> float:
-    """The mean of log(1 + figure); a correlation below 0, or that is no number, counts as 0."""
+    figures = [values[model.tasks[name].primary] for name, values in metrics.items()]
     return sum(math.log1p(figure) if figure > 0 else 0.0 for figure in figures) / len(figures)

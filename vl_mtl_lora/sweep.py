@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vl_mtl_lora.config import dump_config
 from vl_mtl_lora.errors import UserError
-from vl_mtl_lora.sweep_plan import SweepConfig, SweepRun, check_sweep, sweep_runs, task_values, valid_score
+from vl_mtl_lora.sweep_plan import SweepConfig, SweepRun, check_sweep, sweep_runs, task_values, valid_scores
 from vl_mtl_lora.sweep_run import SCORE, alone_in
 
 log = logging.getLogger(__name__)
@@ -40,10 +40,10 @@ def sweep(config: SweepConfig) -> list[dict]:
         if config.tuned:
             trials = [run for setting in settings for lr in config.lr.values
                       for run in sweep_runs(config, *setting, lr, [config.lr.seed], "valid")]
-            tuned = _records(config, trials, "tuning")
-            rates = {setting: [_best_rate(config, setting, tuned)] for setting in settings}
-        runs = [run for setting in settings for lr in rates[setting]
-                for run in sweep_runs(config, *setting, lr, config.seeds, "test")]
+            best = _best_rates(config, _records(config, trials, "tuning"))
+            rates = {setting: [best[setting]] for setting in settings}
+        runs = [run for seed in config.seeds for setting in settings for lr in rates[setting]
+                for run in sweep_runs(config, *setting, lr, [seed], "test")]
         records = _records(config, runs, "runs")
     if diverged := [f"{record['run']}: {record['diverged']}" for record in records if "diverged" in record]:
         raise UserError("\n".join([f"{len(diverged)} of {len(records)} trainings diverged; leave such learning rates "
@@ -51,16 +51,21 @@ def sweep(config: SweepConfig) -> list[dict]:
     return records
 
 
-def _best_rate(config: SweepConfig, setting: tuple[str, str], records: Iterable[Mapping]) -> float:
-    """The learning rate with the best valid score, among those with which no training diverged."""
-    scores = {}
-    for lr in config.lr.values:
-        own = [record for record in records if (record["method"], record["budget"], record["lr"]) == (*setting, lr)]
-        if not any("diverged" in record for record in own):
-            scores[lr] = valid_score(config, own)
-    if not scores:
-        raise UserError(f"{', '.join(setting)}: a training diverged with every learning rate; try lower ones")
-    return max(scores, key=scores.get)
+def _best_rates(config: SweepConfig, records: Sequence[Mapping]) -> dict[tuple[str, str], float]:
+    """(method, budget) -> the learning rate with the best score on the valid split, among those with which no training
+    diverged."""
+    diverged = {(record["method"], record["budget"], record["lr"]) for record in records if "diverged" in record}
+    left = [record for record in records if (record["method"], record["budget"], record["lr"]) not in diverged]
+    rates = {}
+    for budget in config.budgets:
+        own = [record for record in left if record["budget"] == budget]
+        if gone := config.methods.keys() - {record["method"] for record in own}:
+            raise UserError(f"{min(gone)}, {budget}: a training diverged with every learning rate; try lower ones")
+        scores = valid_scores(config, own)
+        for method in config.methods:
+            rates[method, budget] = max((lr for lr in config.lr.values if (method, lr) in scores),
+                                        key=lambda lr: scores[method, lr])
+    return rates
 
 
 def _records(config: SweepConfig, runs: Sequence[SweepRun], what: str) -> list[dict]:

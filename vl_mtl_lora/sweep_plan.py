@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +13,6 @@ from pydantic import Field, model_validator
 
 from vl_mtl_lora.config import load_config, load_strict
 from vl_mtl_lora.errors import UserError, did_you_mean
-from vl_mtl_lora.evaluate import score_of
 from vl_mtl_lora.model import build_model
 from vl_mtl_lora.sections import MixingSection, RunConfig, Strict
 
@@ -20,7 +20,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.,+=-]*$")]  # als
 
 
 class TuningSection(Strict):
-    """The learning rate is the one of `values` with the best valid score, for each method and budget by itself."""
+    """The learning rate is the one of `values` with the best score on the valid split, for each method and budget."""
 
     values: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
     seed: int = Field(1000, ge=0, lt=2**32)
@@ -54,6 +54,11 @@ class SweepConfig(Strict):
     def tuned(self) -> bool:
         """Whether there is a learning rate to choose."""
         return len(self.lr.values) > 1
+
+    @property
+    def measure(self) -> str:
+        """The method whose figures are 100 %."""
+        return next((name for name, method in self.methods.items() if method.alone), self.reference)
 
     @model_validator(mode="after")
     def _fits(self):
@@ -144,8 +149,9 @@ def sweep_runs(sweep: SweepConfig, method: str, budget: str, lr: float, seeds: S
 def _digest(config: RunConfig, split: str) -> str:
     """The same on every machine: without defaults and `out`, shards by their files' names."""
     data = config.model_dump(mode="json", exclude={"out"}, exclude_defaults=True)
-    for tasks in (data["tasks"], data.get("held_out", {})):
-        for task in tasks.values():
+    for key in ("tasks", "held_out"):
+        for name, task in data.get(key, {}).items():
+            task["kind"] = getattr(config, key)[name].kind
             for part in {"train", "valid", "test"} & task.keys():
                 task[part] = [url.rpartition("/")[2] for url in task[part]]
     return hashlib.sha256(json.dumps([data, split], sort_keys=True).encode()).hexdigest()[:16]
@@ -202,14 +208,24 @@ def _size(config: str, overrides: tuple[str, ...], task: str | None = None) -> i
 
 
 def task_values(sweep: SweepConfig, record: Mapping) -> dict[str, float]:
-    """Each task's figure in a run's record. Raises UserError where `metrics` names one that the task has not."""
+    """Each task's figure in a run's record; a correlation that is no number counts as 0. Raises UserError where
+    `metrics` names one that the task has not."""
     metrics = {task: sweep.metrics.get(task, primary) for task, primary in record["primary"].items()}
     for task, metric in metrics.items():
         if metric not in record["tasks"][task]:
             raise UserError(f"metrics.{task}: no metric {metric!r}", near=(metric, record["tasks"][task]))
-    return {task: record["tasks"][task][metric] for task, metric in metrics.items()}
+    figures = {task: record["tasks"][task][metric] for task, metric in metrics.items()}
+    return {task: 0.0 if math.isnan(figure) else figure for task, figure in figures.items()}
 
 
-def valid_score(sweep: SweepConfig, records: Sequence[Mapping]) -> float:
-    """The score of one setting on the valid split, over the tasks of its records."""
-    return score_of([value for record in records for value in task_values(sweep, record).values()])
+def valid_scores(sweep: SweepConfig, records: Sequence[Mapping]) -> dict[tuple[str, float], float]:
+    """(method, learning rate) -> score, from one budget's records of the valid split: what the report scores, the mean
+    over tasks of a figure in per cent of the measure's; here of the best that it has with any learning rate."""
+    figures: dict[tuple[str, float], dict[str, float]] = {}
+    for record in records:
+        figures.setdefault((record["method"], record["lr"]), {}).update(task_values(sweep, record))
+    measures = [values for (method, _), values in figures.items() if method == sweep.measure]
+    best = {task: max(values[task] for values in measures) for task in measures[0]}
+    best = {task: figure for task, figure in best.items() if figure > 0}
+    return {setting: sum(100 * values[task] / figure for task, figure in best.items()) / max(1, len(best))
+            for setting, values in figures.items()}

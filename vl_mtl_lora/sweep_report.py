@@ -22,8 +22,8 @@ class Row:
     """A method under a budget.
 
     parameters: trainable ones. lr: as tuned. speed: training samples per second, the median of its runs; None where
-    tasks are trained alone. tasks: each one's figure by seed. scores: by seed, the mean over tasks of the figure in
-    per cent of what it is measured by. groups: the same over some tasks.
+    tasks are trained alone. tasks: each one's figure by seed. shares: the same in per cent of the measure's mean.
+    scores: by seed, the mean of shares. groups: the same over some tasks.
     """
 
     method: str
@@ -31,6 +31,7 @@ class Row:
     lr: float
     speed: float | None
     tasks: dict[str, np.ndarray]
+    shares: dict[str, np.ndarray]
     scores: np.ndarray
     groups: dict[str, np.ndarray]
 
@@ -96,9 +97,9 @@ def compared(config: SweepConfig, records: Sequence[Mapping]) -> list[Row]:
     """
     found = {method: [r for r in records if r["method"] == method] for method in config.methods}
     tasks = {method: _by_task(config, own) for method, own in found.items()}
-    base = {task: values.mean() for task, values in tasks[_measure(config)].items() if values.mean() > 0}
+    base = {task: values.mean() for task, values in tasks[config.measure].items() if values.mean() > 0}
     if not base:
-        raise UserError(f"{_measure(config)} scores 0 on every task: nothing can be in per cent of that; train for "
+        raise UserError(f"{config.measure} scores 0 on every task: nothing can be in per cent of that; train for "
                         "more steps")
     rows = []
     for method, own in found.items():
@@ -107,7 +108,7 @@ def compared(config: SweepConfig, records: Sequence[Mapping]) -> list[Row]:
         groups = {group: [shares[task] for task in names if task in shares] for group, names in config.groups.items()}
         rows.append(Row(
             method, sum(r["parameters"] for r in own) // len(config.seeds), own[0]["lr"],
-            None if alone else statistics.median(r["samples_per_second"] for r in own), tasks[method],
+            None if alone else statistics.median(r["samples_per_second"] for r in own), tasks[method], shares,
             np.mean(list(shares.values()), axis=0),
             {group: np.mean(values, axis=0) for group, values in groups.items() if values}))
     return rows
@@ -121,13 +122,8 @@ def _by_task(config: SweepConfig, records: Sequence[Mapping]) -> dict[str, np.nd
     return {task: np.array([values[task, seed] for seed in config.seeds]) for task in tasks}
 
 
-def _measure(config: SweepConfig) -> str:
-    """The method whose metrics are 100 %."""
-    return next((name for name, method in config.methods.items() if method.alone), config.reference)
-
-
 def _unit(config: SweepConfig) -> str:
-    return f"% of {_measure(config)}, mean over tasks"
+    return f"% of {config.measure}, mean over tasks"
 
 
 def interval_of_mean(values: Sequence[float]) -> Interval:
@@ -161,9 +157,13 @@ def _report(config: SweepConfig, tables: Mapping[str, Sequence[Row]], records: S
     yield (f"The score of a method is these figures in {_unit(config)}. ± and ranges are 95 % intervals over "
            f"{len(config.seeds)} seeds (Student's t); differences to {config.reference} are paired by seed; one "
            "interval in twenty misses by chance. "
-           + (f"For each method and budget the learning rate was the best of {rates} on the valid split, with seed "
-              f"{config.lr.seed}." if config.tuned else f"The learning rate is {rates} for all."))
-    measure = _measure(config)
+           + (f"For each method and budget the learning rate is the one of {rates} with the best score on the valid "
+              f"split, with seed {config.lr.seed}." if config.tuned else f"The learning rate is {rates} for all."))
+    ends = {min(config.lr.values), max(config.lr.values)}
+    if len(config.lr.values) > 2 and (at_end := [f"{row.method} ({row.lr:g}, {budget})"
+                                                for budget, rows in tables.items() for row in rows if row.lr in ends]):
+        yield f"At an end of these, so that one beyond might be better: {', '.join(at_end)}."
+    measure = config.measure
     if zero := [f"{task} ({budget})" for budget, rows in tables.items() for row in rows if row.method == measure
                 for task, values in row.tasks.items() if not values.mean() > 0]:
         yield f"Left out of the scores, since {measure} scores 0 there: {', '.join(zero)}."
@@ -190,11 +190,22 @@ def findings(rows: Sequence[Row], reference: Row) -> Iterator[str]:
                    0: f"cannot be told from {reference.method} with {len(difference)} seeds"}[outcome(difference)]
         parts = [f"{_signed(difference)} points",
                  *(f"{group} {_signed(values - reference.groups[group])}" for group, values in row.groups.items())]
+        left = _with_one_task_less(row, reference)
         cost = f"with {row.parameters / reference.parameters:.2f} times its parameters"
         if row.speed:
             cost += f" and at {row.speed / reference.speed:.2f} of its speed"
-        yield (f"**{row.method}** {verdict}: {', '.join(parts)}; {cost}; better on {_names(better)}, worse on "
+        yield (f"**{row.method}** {verdict}: {', '.join(parts)}; {left}{cost}; better on {_names(better)}, worse on "
                f"{_names(worse)}.")
+
+
+def _with_one_task_less(row: Row, reference: Row) -> str:
+    """How far the mean difference of scores hangs on one task."""
+    if len(row.shares) < 2:
+        return ""
+    gains = {task: float(np.mean(share - reference.shares[task])) for task, share in row.shares.items()}
+    left = {task: (sum(gains.values()) - gain) / (len(gains) - 1) for task, gain in gains.items()}
+    low, high = min(left, key=left.get), max(left, key=left.get)
+    return f"with any one task left out {left[low]:+.1f} ({low}) to {left[high]:+.1f} ({high}); "
 
 
 def _signed(difference: np.ndarray) -> str:

@@ -24,7 +24,8 @@ class MultiLoRALinear(MTLLoRALinear):
 
     def make_parameters(self, slices, tasks, num_up, columns, transform, like):
         self.down = kaiming(torch.empty(slices, num_up * self.rank, self.in_features, **like))
-        self.up = kaiming(torch.empty(slices, 1, num_up * self.rank, columns, **like))
+        bound = self.rank ** -0.5  # Kaiming's, a = sqrt(5), of each B by itself: (C, R)
+        self.up = nn.Parameter(torch.empty(slices, 1, num_up * self.rank, columns, **like).uniform_(-bound, bound))
         self.scaling = nn.Parameter(torch.zeros(slices, num_up, columns, **like))
         self.register_buffer("transform", torch.ones(slices, tasks, num_up * self.rank, **like), persistent=False)
         self.register_buffer("mix", torch.zeros(slices, tasks, 1, **like), persistent=False)
