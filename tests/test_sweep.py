@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from vl_mtl_lora import sweep_run
 from vl_mtl_lora.config import dump_config, load_config
 from vl_mtl_lora.errors import Diverged, UserError
 from vl_mtl_lora.model import build_model
-from vl_mtl_lora.sweep import _best_rates, read_records, sweep
+from vl_mtl_lora.sweep import _best_rates, _UnderWay, read_records, sweep
 from vl_mtl_lora.sweep_plan import load_sweep, sweep_runs
 from vl_mtl_lora.sweep_report import compared, findings, interval_of_mean, outcome, write_report
 
@@ -116,6 +117,10 @@ def test_runs_differ_in_what_they_say(sweep_file, tmp_path):
      "methods.LoRA.parameters: of rank 1 it has"),
     ({"methods": {"ours": {}, "LoRA": {"set": ["adapter.rnk=1"]}}}, "did you mean rank?"),
     ({"config": "other.yaml"}, "cannot read the config"),
+    ({"set": ["train.lr=0.1"]}, "set: train.lr=0.1: a sweep sets train.lr itself; write lr.values of the sweep"),
+    ({"methods": {"ours": {"set": ["train.seed=3"]}, "LoRA": {}}}, "a sweep sets train.seed itself"),
+    ({"set": ["tasks.vqa.test=[nowhere-*.tar]"]}, "nowhere-*.tar"),
+    ({"methods": {"ours": {}, "LoRA": {}, 101 * "a": {}}}, "at most 100 characters"),
     ({"set": ["tasks.vqa.valid=[]"]}, "tasks.vqa.valid: missing; learning rates are tuned on it"),
 ])
 def test_a_wrong_sweep_is_refused_before_anything_runs(values, told, sweep_file, tmp_path, in_process):
@@ -229,7 +234,9 @@ def test_the_digest_is_of_what_decides_and_of_nothing_else(sweep_file, tmp_path)
     base.write_text("# a comment\n" + base.read_text())
     assert digest() == digest(out="elsewhere", set=["adapter.rank=4"]) == first  # the rank that it has anyway
     others = [digest("valid"), digest(seed=1), digest(lr=0.1), digest(set=["train.clip=2.0"])]
-    assert len({first, *others}) == 5
+    others += [digest(set=[f"tasks.more={{kind: {kind}, rows: 4, train: [a.tar]}}"])
+               for kind in ("captioning", "retrieval")]
+    assert len({first, *others}) == 7
 
 
 def test_the_command_runs_each_training_in_a_process(sweep_file, tmp_path, command):
@@ -263,11 +270,21 @@ def test_sigterm_lets_the_training_under_way_save(sweep_file, tmp_path):
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
+def test_nothing_starts_once_a_sweep_is_stopped():
+    under_way = _UnderWay()
+    with under_way.start([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        under_way.stop()
+        assert process.wait(30) == -signal.SIGTERM
+    with pytest.raises(UserError, match="stopped"):
+        under_way.start([sys.executable, "-c", ""])
+
+
 def test_intervals_are_student_s():
     low, high = interval_of_mean([1, 2, 3, 4, 5])
     half = 2.7764451 * 2.5**0.5 / 5**0.5  # the table's value for 4 degrees of freedom
     np.testing.assert_allclose([low, high], [3 - half, 3 + half], rtol=1e-7)
     assert interval_of_mean([2, 2, 2]) == (2, 2)
+    assert outcome([2.0, 2.0 + 7e-15, 2.0 + 8e-15]) == 0  # all the same but for rounding
     rng = np.random.default_rng(0)
     for shift, expected in ((0.0, 0), (5.0, 1), (-5.0, -1)):
         values = rng.normal(shift, 1, 5)
@@ -342,11 +359,12 @@ def test_a_task_on_which_the_measure_scores_nothing_is_left_out_and_told(judged,
             r["tasks"]["b"]["accuracy"] = 0.0
     ours, *_ = compared(config, records)
     np.testing.assert_allclose(ours.scores, [75, 76.25, 75.5])
-    assert "Left out of the scores, since single scores 0 there: b (short)." in write_report(config, records, tmp_path)
+    assert "Left out of the scores, since single is not above 0 there: b (short)." in write_report(
+        config, records, tmp_path)
     for r in records:
         if r["task"] == "a":
             r["tasks"]["a"]["accuracy"] = 0.0
-    with pytest.raises(UserError, match="single scores 0 on every task"):
+    with pytest.raises(UserError, match="single is above 0 on no task"):
         compared(config, records)
 
 

@@ -293,7 +293,7 @@ def main() -> None:
     logging.getLogger("vl_mtl_lora").setLevel(logging.INFO)
     try:
         app()
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError names its file
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -77,7 +77,7 @@ def _records(config: SweepConfig, runs: Sequence[SweepRun], what: str) -> list[d
             raise UserError(f"{out / run.name} was made with other settings than the sweep's: remove its line from "
                             f"{out / RECORDS}, and its folder, or choose another out=FOLDER")
     todo = [run for run in runs if run.name not in known]
-    failed, under_way = [], set()
+    failed, under_way = [], _UnderWay()
     pool = ThreadPoolExecutor(config.jobs)
     try:
         started = {pool.submit(_run, run, out / run.name, config.jobs, under_way): run for run in todo}
@@ -85,7 +85,7 @@ def _records(config: SweepConfig, runs: Sequence[SweepRun], what: str) -> list[d
             run = started[future]
             try:
                 known[run.name] = future.result()
-            except UserError as error:
+            except (UserError, OSError) as error:
                 log.warning("%s", error)
                 failed.append(str(error))
                 continue
@@ -95,8 +95,7 @@ def _records(config: SweepConfig, runs: Sequence[SweepRun], what: str) -> list[d
             part.write_text("".join(json.dumps(record) + "\n" for record in known.values()), encoding="utf-8")
             part.replace(out / RECORDS)
     except BaseException:
-        for process in list(under_way):
-            process.terminate()  # it saves
+        under_way.stop()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -106,13 +105,16 @@ def _records(config: SweepConfig, runs: Sequence[SweepRun], what: str) -> list[d
     return [known[run.name] for run in runs]
 
 
-def _run(run: SweepRun, folder: Path, jobs: int, under_way: set[subprocess.Popen]) -> dict:
+def _run(run: SweepRun, folder: Path, jobs: int, under_way: "_UnderWay") -> dict:
     """Trains and measures one run in a process of its own. Raises UserError where that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / _DIGEST
-    if begun.exists() and begun.read_text(encoding="utf-8") != run.digest:
+    if not begun.exists():
+        part = folder / f"{_DIGEST}.part"
+        part.write_text(run.digest, encoding="utf-8")
+        part.replace(begun)
+    elif begun.read_text(encoding="utf-8") != run.digest:
         raise UserError(f"{folder} holds a training that was begun with other settings: remove the folder")
-    begun.write_text(run.digest, encoding="utf-8")
     (folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
     (folder / SCORE).unlink(missing_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -130,13 +132,39 @@ def _run(run: SweepRun, folder: Path, jobs: int, under_way: set[subprocess.Popen
             "adapter": run.config.adapter.model_dump(), "digest": run.digest, **score}
 
 
-def _process(command: Sequence[str], log, environment: Mapping[str, str], under_way: set[subprocess.Popen]) -> int:
-    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as process:
-        under_way.add(process)
+class _UnderWay:
+    """The processes that run, to be stopped together; after that none starts."""
+
+    def __init__(self):
+        self._lock, self._stopped = threading.Lock(), False
+        self._processes: set[subprocess.Popen] = set()
+
+    def start(self, command: Sequence[str], **options) -> subprocess.Popen:
+        with self._lock:
+            if self._stopped:
+                raise UserError("the sweep has been stopped")
+            process = subprocess.Popen(command, **options)
+            self._processes.add(process)
+        return process
+
+    def ended(self, process: subprocess.Popen) -> None:
+        with self._lock:
+            self._processes.discard(process)
+
+    def stop(self) -> None:
+        """Lets each save and end."""
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                process.terminate()
+
+
+def _process(command: Sequence[str], log, environment: Mapping[str, str], under_way: _UnderWay) -> int:
+    with under_way.start(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as process:
         try:
             return process.wait()
         finally:
-            under_way.discard(process)
+            under_way.ended(process)
 
 
 @contextmanager

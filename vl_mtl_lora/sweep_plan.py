@@ -12,11 +12,12 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from vl_mtl_lora.config import load_config, load_strict
+from vl_mtl_lora.data.files import shard_files
 from vl_mtl_lora.errors import UserError, did_you_mean
 from vl_mtl_lora.model import build_model
 from vl_mtl_lora.sections import MixingSection, RunConfig, Strict
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.,+=-]*$")]  # also of a folder
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.,+=-]*$", max_length=100)]  # also of a folder
 
 
 class TuningSection(Strict):
@@ -107,6 +108,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
 def check_sweep(sweep: SweepConfig) -> None:
     """Raises UserError for what would show only in the middle: a method that cannot be built, shards not named."""
     splits = {"test": "methods are compared", **({"valid": "learning rates are tuned"} if sweep.tuned else {})}
+    named = {*sweep.set, *(item for items in sweep.budgets.values() for item in items),
+             *(item for method in sweep.methods.values() for item in method.set)}
+    for key, instead in {"train.lr": "lr.values", "train.seed": "seeds", "out": "out"}.items():
+        if taken := [item for item in named if item.partition("=")[0].strip() == key]:
+            raise UserError(f"set: {taken[0]}: a sweep sets {key} itself; write {instead} of the sweep")
     known: set[str] = set()
     for budget in sweep.budgets:
         tasks = None
@@ -122,6 +128,9 @@ def check_sweep(sweep: SweepConfig) -> None:
             for split, why in splits.items():
                 if lacking := [name for name, task in config.tasks.items() if not getattr(task, split)]:
                     raise UserError(f"{sweep.config}: tasks.{lacking[0]}.{split}: missing; {why} on it")
+            for split in ("train", *splits):
+                for task in config.tasks.values():
+                    shard_files(getattr(task, split), config.data.cache, config.data.allow_pipe)
         known.update(tasks)
     for key, names in {"metrics": sweep.metrics, **{f"groups.{g}": n for g, n in sweep.groups.items()}}.items():
         if unknown := [name for name in names if name not in known]:
@@ -220,12 +229,24 @@ def task_values(sweep: SweepConfig, record: Mapping) -> dict[str, float]:
 
 def valid_scores(sweep: SweepConfig, records: Sequence[Mapping]) -> dict[tuple[str, float], float]:
     """(method, learning rate) -> score, from one budget's records of the valid split: what the report scores, the mean
-    over tasks of a figure in per cent of the measure's; here of the best that it has with any learning rate."""
+    over tasks of a figure in per cent of the measure's; here of the best that it has with any learning rate.
+
+    Raises:
+        UserError: the measure is above 0 on no task.
+    """
     figures: dict[tuple[str, float], dict[str, float]] = {}
     for record in records:
         figures.setdefault((record["method"], record["lr"]), {}).update(task_values(sweep, record))
     measures = [values for (method, _), values in figures.items() if method == sweep.measure]
-    best = {task: max(values[task] for values in measures) for task in measures[0]}
-    best = {task: figure for task, figure in best.items() if figure > 0}
-    return {setting: sum(100 * values[task] / figure for task, figure in best.items()) / max(1, len(best))
+    best = above_zero(sweep, {task: max(values[task] for values in measures) for task in measures[0]})
+    return {setting: sum(100 * values[task] / figure for task, figure in best.items()) / len(best)
             for setting, values in figures.items()}
+
+
+def above_zero(sweep: SweepConfig, figures: Mapping[str, float]) -> dict[str, float]:
+    """The tasks on which the measure's figure is above 0, so that others can be in per cent of it. Raises UserError
+    where there are none."""
+    if not any(figure > 0 for figure in figures.values()):
+        raise UserError(f"{sweep.measure} is above 0 on no task: nothing can be in per cent of that; train for more "
+                        "steps, or name other `metrics`")
+    return {task: figure for task, figure in figures.items() if figure > 0}

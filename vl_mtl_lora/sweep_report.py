@@ -4,7 +4,7 @@ Intervals are Student's t over seeds, of 95 %; differences are paired: seed by s
 """
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from vl_mtl_lora.errors import UserError
-from vl_mtl_lora.sweep_plan import SweepConfig, task_values
+from vl_mtl_lora.sweep_plan import SweepConfig, above_zero, task_values
 
 Interval = tuple[float, float]
 
@@ -89,18 +89,15 @@ def plotting():
 
 
 def compared(config: SweepConfig, records: Sequence[Mapping]) -> list[Row]:
-    """A row for each method, from the records of one budget. A task on which what they are measured by scores 0 is
-    left out of scores and groups.
+    """A row for each method, from the records of one budget. A task on which what they are measured by is not above 0
+    is left out of scores and groups.
 
     Raises:
         UserError: no task is left.
     """
     found = {method: [r for r in records if r["method"] == method] for method in config.methods}
     tasks = {method: _by_task(config, own) for method, own in found.items()}
-    base = {task: values.mean() for task, values in tasks[config.measure].items() if values.mean() > 0}
-    if not base:
-        raise UserError(f"{config.measure} scores 0 on every task: nothing can be in per cent of that; train for "
-                        "more steps")
+    base = above_zero(config, {task: values.mean() for task, values in tasks[config.measure].items()})
     rows = []
     for method, own in found.items():
         alone = config.methods[method].alone
@@ -129,7 +126,9 @@ def _unit(config: SweepConfig) -> str:
 def interval_of_mean(values: Sequence[float]) -> Interval:
     """The 95 % interval of the mean of the normal distribution that values (n,), n > 1, come from, by Student's t."""
     mean, error = float(np.mean(values)), float(stats.sem(values))
-    return stats.t.interval(0.95, len(values) - 1, mean, error) if error > 0 else (mean, mean)
+    if error <= 1e-9 * max(1.0, abs(mean)):  # all the same but for rounding
+        return mean, mean
+    return stats.t.interval(0.95, len(values) - 1, mean, error)
 
 
 def outcome(difference: Sequence[float]) -> int:
@@ -166,17 +165,17 @@ def _report(config: SweepConfig, tables: Mapping[str, Sequence[Row]], records: S
     measure = config.measure
     if zero := [f"{task} ({budget})" for budget, rows in tables.items() for row in rows if row.method == measure
                 for task, values in row.tasks.items() if not values.mean() > 0]:
-        yield f"Left out of the scores, since {measure} scores 0 there: {', '.join(zero)}."
+        yield f"Left out of the scores, since {measure} is not above 0 there: {', '.join(zero)}."
     for budget, rows in tables.items():
         reference = next(row for row in rows if row.method == config.reference)
         yield from ["", f"## {budget}", ""]
         yield from (f"- {sentence}" for sentence in findings(rows, reference))
         yield from ["", *_scores(rows, reference), "", *_tasks(rows, reference), "", *_pairs(rows)]
     yield from ["", "![score against trainable parameters](parameters.svg)", "", "## Where the figures come from", ""]
-    first = records[0]
     yield (f"runs.jsonl has a line for each run with its seed, learning rate, adapter, every metric and the shards' "
-           f"hashes; the run's folder has its whole config. {first['device']}, torch {first['versions']['torch']}; "
-           f"revision {', '.join(sorted({r['git_revision'] or 'unknown' for r in records}))}.")
+           f"hashes; the run's folder has its whole config. {_listed(r['device'] for r in records)}, torch "
+           f"{_listed(r['versions']['torch'] for r in records)}; revision "
+           f"{_listed(r['git_revision'] or 'unknown' for r in records)}.")
 
 
 def findings(rows: Sequence[Row], reference: Row) -> Iterator[str]:
@@ -211,6 +210,10 @@ def _with_one_task_less(row: Row, reference: Row) -> str:
 def _signed(difference: np.ndarray) -> str:
     low, high = interval_of_mean(difference)
     return f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(sorted(set(values)))
 
 
 def _names(tasks: Sequence[str]) -> str:
