@@ -22,7 +22,7 @@ class Row:
     """A method under a budget.
 
     parameters: trainable ones. lr: as tuned. speed: training samples per second, the median of its runs; None where
-    tasks are trained alone. tasks: each one's figure by seed. shares: the same in per cent of the measure's mean.
+    tasks are trained alone, or at another revision than the reference, so at another time. tasks: each one's figure by seed. shares: the same in per cent of the measure's mean.
     scores: by seed, the mean of shares. groups: the same over some tasks.
     """
 
@@ -98,14 +98,15 @@ def compared(config: SweepConfig, records: Sequence[Mapping]) -> list[Row]:
     found = {method: [r for r in records if r["method"] == method] for method in config.methods}
     tasks = {method: _by_task(config, own) for method, own in found.items()}
     base = above_zero(config, {task: values.mean() for task, values in tasks[config.measure].items()})
+    revisions = {r["git_revision"] for r in found[config.reference]}
     rows = []
     for method, own in found.items():
-        alone = config.methods[method].alone
+        speeds = [r["samples_per_second"] for r in own if r["git_revision"] in revisions]
         shares = {task: 100 * tasks[method][task] / value for task, value in base.items()}
         groups = {group: [shares[task] for task in names if task in shares] for group, names in config.groups.items()}
         rows.append(Row(
             method, sum(r["parameters"] for r in own) // len(config.seeds), own[0]["lr"],
-            None if alone else statistics.median(r["samples_per_second"] for r in own), tasks[method], shares,
+            None if config.methods[method].alone or not speeds else statistics.median(speeds), tasks[method], shares,
             np.mean(list(shares.values()), axis=0),
             {group: np.mean(values, axis=0) for group, values in groups.items() if values}))
     return rows
