@@ -19,6 +19,8 @@ from vl_mtl_lora.sections import MixingSection, RunConfig, Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.,+=-]*$", max_length=100)]  # also of a folder
 
+_SET_HERE = {"train.lr": "lr.values", "train.seed": "seeds", "out": "out"}
+
 
 class TuningSection(Strict):
     """The learning rate is the one of `values` with the best score on the valid split, for each method and budget."""
@@ -106,35 +108,42 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 
 def check_sweep(sweep: SweepConfig) -> None:
-    """Raises UserError for what would show only in the middle: a method that cannot be built, shards not named."""
-    splits = {"test": "methods are compared", **({"valid": "learning rates are tuned"} if sweep.tuned else {})}
-    named = {*sweep.set, *(item for items in sweep.budgets.values() for item in items),
-             *(item for method in sweep.methods.values() for item in method.set)}
-    for key, instead in {"train.lr": "lr.values", "train.seed": "seeds", "out": "out"}.items():
-        if taken := [item for item in named if item.partition("=")[0].strip() == key]:
-            raise UserError(f"set: {taken[0]}: a sweep sets {key} itself; write {instead} of the sweep")
+    """Raises UserError for what would show only in the middle: a method that cannot be built, shards that are not named
+    or not there, settings that the sweep makes itself."""
+    for item in [*sweep.set, *(item for part in (*sweep.budgets.values(), *(m.set for m in sweep.methods.values()))
+                               for item in part)]:
+        key = item.partition("=")[0].strip()
+        if key in _SET_HERE:
+            raise UserError(f"set: {item}: a sweep sets {key} itself; write {_SET_HERE[key]} of the sweep")
     known: set[str] = set()
     for budget in sweep.budgets:
-        tasks = None
-        for method in sweep.methods:
-            config = load_config(sweep.config, settings(sweep, method, budget))
-            if tasks is not None and list(config.tasks) != tasks:
+        configs = {method: load_config(sweep.config, settings(sweep, method, budget)) for method in sweep.methods}
+        tasks = list(next(iter(configs.values())).tasks)
+        for method, config in configs.items():
+            if list(config.tasks) != tasks:
                 raise UserError(f"methods.{method}: its tasks are others than those of the other methods; a budget may "
                                 "choose tasks, a method may not")
-            tasks, mixing = list(config.tasks), config.data.mixing
-            if sweep.methods[method].alone and (mixing.by != "quotas" or mixing.turns):
-                raise UserError(f"methods.{method}.alone: only where all train with data.mixing.by: quotas and without "
-                                "turns can a task alone see as many samples as among others")
-            for split, why in splits.items():
-                if lacking := [name for name, task in config.tasks.items() if not getattr(task, split)]:
-                    raise UserError(f"{sweep.config}: tasks.{lacking[0]}.{split}: missing; {why} on it")
-            for split in ("train", *splits):
-                for task in config.tasks.values():
-                    shard_files(getattr(task, split), config.data.cache, config.data.allow_pipe)
+            _check_config(sweep, method, config)
         known.update(tasks)
     for key, names in {"metrics": sweep.metrics, **{f"groups.{g}": n for g, n in sweep.groups.items()}}.items():
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"{key}: no task {unknown[0]!r}", near=(unknown[0], known))
+
+
+def _check_config(sweep: SweepConfig, method: str, config: RunConfig) -> None:
+    if config.start.run is not None:
+        raise UserError(f"methods.{method}: start.run: methods are compared from the base on; leave it out")
+    mixing = config.data.mixing
+    if any(m.alone for m in sweep.methods.values()) and (mixing.by != "quotas" or mixing.turns):
+        raise UserError(f"methods.{method}: only where all train with data.mixing.by: quotas and without turns can a "
+                        "task alone see as many samples as among others; leave out the method that is `alone`")
+    splits = {"train": "methods train", "test": "methods are compared",
+              **({"valid": "learning rates are tuned"} if sweep.tuned else {})}
+    for name, task in config.tasks.items():
+        for split, why in splits.items():
+            if not getattr(task, split):
+                raise UserError(f"{sweep.config}: tasks.{name}.{split}: missing; {why} on it")
+            shard_files(getattr(task, split), config.data.cache, config.data.allow_pipe)
 
 
 def sweep_runs(sweep: SweepConfig, method: str, budget: str, lr: float, seeds: Sequence[int],

@@ -22,8 +22,9 @@ class Row:
     """A method under a budget.
 
     parameters: trainable ones. lr: as tuned. speed: training samples per second, the median of its runs; None where
-    tasks are trained alone, or at another revision than the reference, so at another time. tasks: each one's figure by seed. shares: the same in per cent of the measure's mean.
-    scores: by seed, the mean of shares. groups: the same over some tasks.
+    tasks are trained alone, or at another revision than the reference, so at another time. tasks: each one's figure by
+    seed. shares: the same in per cent of the measure's mean. scores: by seed, the mean of shares. groups: the same over
+    some tasks.
     """
 
     method: str
