@@ -68,7 +68,7 @@ def expected(name, layer, base, x):
             experts = [lora(row, down[i * RANK:(i + 1) * RANK], layer.up[0, 0, i * RANK:(i + 1) * RANK])
                        for i in range(UP)]
             weights = (layer.scaling[0] if name == "multi_lora"
-                       else torch.softmax(layer.mix[0, task] / 0.5, 0))  # (N, C), or (N,)
+                       else torch.softmax(layer.mix[0, task], 0))  # (N, C), or (N,)
             update = sum(weights[i] * experts[i] for i in range(UP))
         rows.append(base(row) + update)
     return torch.stack(rows)
@@ -80,6 +80,11 @@ def test_the_factors_of_multi_lora_start_as_linear_layers_do(made):
         bound = like.weight.abs().max()  # of so few still near the bound
         assert 0.9 * bound < part.abs().max() < 1.1 * bound
         assert float(part.abs().mean()) == pytest.approx(float(bound) / 2, rel=0.2)
+
+
+def test_the_experts_of_moe_lora_start_small(made):
+    layer, _, _ = made("moe_lora", splits=3, fresh=True)
+    assert float(layer.down.std()) == pytest.approx(0.01, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["lora", "own", "hydra", "multi_lora", "moe_lora"])

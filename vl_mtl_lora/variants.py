@@ -40,13 +40,13 @@ class MultiLoRALinear(MTLLoRALinear):
 
 class MoELoRALinear(MTLLoRALinear):
     """MOELoRA (arXiv 2310.18339): N experts, each a LoRA of rank R, weighed for each task by a gate that knows the task
-    alone, softmax(w_t / tau).
+    alone, softmax(w_t). A starts as in its code, whose r is N * R here, and whose gate is one for all layers.
 
     down (S, N*R, I), up (S, 1, N*R, C), mix (S, T, N), the gate.
     """
 
     def make_parameters(self, slices, tasks, num_up, columns, transform, like):
-        self.down = kaiming(torch.empty(slices, num_up * self.rank, self.in_features, **like))
+        self.down = nn.Parameter(torch.empty(slices, num_up * self.rank, self.in_features, **like).normal_(std=0.01))
         self.up = nn.Parameter(torch.zeros(slices, 1, num_up * self.rank, columns, **like))
         self.mix = kaiming(torch.empty(slices, tasks, num_up, **like))
         self.register_buffer("one", torch.zeros(slices, tasks, 1, **like), persistent=False)  # softmax of one logit
@@ -56,7 +56,7 @@ class MoELoRALinear(MTLLoRALinear):
         return {"down": (num_up * rank,), "up": (1, num_up * rank), "mix": (tasks, num_up)}
 
     def factors(self):
-        gate = mixture(self.mix, self.temperature, 1.0).repeat_interleave(self.rank, -1)
+        gate = mixture(self.mix, 1.0, 1.0).repeat_interleave(self.rank, -1)
         return self.down, gate.to(self.down.dtype), self.up, self.one
 
 
@@ -84,7 +84,8 @@ class DoRALinear(MTLLoRALinear):
         return {**MTLLoRALinear.sizes(tasks, rank, 1, "none"), "magnitude": ()}
 
     def adapted(self, x, route):
-        y = self.product(x, route, self.weight, None) * self.stretch().to(x.dtype)
+        y = self.product(x, route, self.weight, None)
+        y = (y * self.stretch()).to(y.dtype)  # rounded before, lengths close to the start's would all be 1 in bfloat16
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def stretch(self) -> Tensor:
