@@ -34,7 +34,8 @@ def restore_optimizer(state: Mapping[str, Tensor], model: MultiTaskModel, optimi
                    if f"adam.{key}.{name}" in state}
         if moments:
             optimizer.state[parameter] = {
-                key: value if key == "step" else spread_like(value, parameter) for key, value in moments.items()}
+                key: value.to(parameter.device) if key == "step" else spread_like(value, parameter)
+                for key, value in moments.items()}
     schedule.last_epoch = step
     for group, base in zip(optimizer.param_groups, schedule.base_lrs):
         group["lr"] = base * schedule.lr_lambdas[0](step)
