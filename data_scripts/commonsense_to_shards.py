@@ -3,7 +3,8 @@ ARC-c and OBQA.
 
 INPUT holds, unpacked or as .zip files, the official downloads (those of a set that is not there are named):
     BoolQ/{train,val}.jsonl                                    of SuperGLUE, https://super.gluebenchmark.com
-    physicaliqa-train-dev/{train,dev}.jsonl and -labels.lst    https://yonatanbisk.com/piqa
+    physicaliqa-train-dev/{train,dev}.jsonl and -labels.lst    physicaliqa-train-dev.zip of AI2's, see
+                                                               https://yonatanbisk.com/piqa
     socialiqa-train-dev/{train,dev}.jsonl and -labels.lst      https://maartensap.com/social-iqa
     hellaswag_{train,val}.jsonl                                https://rowanzellers.com/hellaswag
     winogrande_1.1/{train_xl,dev}.jsonl                        https://winogrande.allenai.org
@@ -11,8 +12,8 @@ INPUT holds, unpacked or as .zip files, the official downloads (those of a set t
     Data/Main/{train,dev,test}.jsonl                           https://allenai.org/data/open-book-qa
 
 Writes NAME-SET-{train,valid,test} shards. Where the official test set has no answers, test is the official development
-set, as the papers on adapters have it (arXiv 2304.01933), and valid every tenth training row, at most 500. Licence: see
-the home pages; of most CC BY or CC BY-SA.
+set, as the papers on adapters have it (arXiv 2304.01933), and valid every tenth training row, at most about 500; rows
+about the same text stay together. Licence: see the home pages; of most CC BY or CC BY-SA.
 
     python data_scripts/commonsense_to_shards.py downloads/commonsense shards
 """
@@ -28,22 +29,23 @@ SOURCE = "BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC and OpenBookQA; home pag
          "https://winogrande.allenai.org, https://allenai.org/data/arc, https://allenai.org/data/open-book-qa"
 LICENCE = "see the home pages"
 HELD_OUT = 500
-Rows = Iterator[tuple[str, list[str], int]]  # question, choices, the number of the right one
+Rows = Iterator[tuple[str, str, list[str], int]]  # text that rows may share, question, choices, the right one's number
 
 
 def boolq(download: Download, split: str) -> Rows:
     for row in download.jsonl(f"BoolQ/{'val' if split == 'test' else 'train'}.jsonl"):
-        yield f"{row['passage']}\nQuestion: {row['question']}?", ["no", "yes"], int(row["label"])
+        yield row["passage"], f"{row['passage']}\nQuestion: {row['question']}?", ["no", "yes"], int(row["label"])
 
 
 def piqa(download: Download, split: str) -> Rows:
     for row, label in _labelled(download, "physicaliqa-train-dev", split):
-        yield f"How would you do this? {row['goal']}", [row["sol1"], row["sol2"]], label
+        yield row["goal"], f"How would you do this? {row['goal']}", [row["sol1"], row["sol2"]], label
 
 
 def siqa(download: Download, split: str) -> Rows:
     for row, label in _labelled(download, "socialiqa-train-dev", split):
-        yield f"{row['context']} {row['question']}", [row["answerA"], row["answerB"], row["answerC"]], label - 1
+        choices = [row["answerA"], row["answerB"], row["answerC"]]
+        yield row["context"], f"{row['context']} {row['question']}", choices, label - 1
 
 
 def _labelled(download: Download, folder: str, split: str) -> Iterator[tuple[dict, int]]:
@@ -53,12 +55,15 @@ def _labelled(download: Download, folder: str, split: str) -> Iterator[tuple[dic
 
 def hellaswag(download: Download, split: str) -> Rows:
     for row in download.jsonl(f"hellaswag_{'val' if split == 'test' else 'train'}.jsonl"):
-        yield f"How does this go on? {row['activity_label']}: {row['ctx']}", row["endings"], int(row["label"])
+        question = f"How does this go on? {row['activity_label']}: {row['ctx']}"
+        yield row["ctx"], question, row["endings"], int(row["label"])
 
 
 def winogrande(download: Download, split: str) -> Rows:
     for row in download.jsonl(f"winogrande_1.1/{'dev' if split == 'test' else 'train_xl'}.jsonl"):
-        yield f"What does the _ stand for? {row['sentence']}", [row["option1"], row["option2"]], int(row["answer"]) - 1
+        twins = row["qID"].partition("-")[0]  # two sentences that differ in a word, and in the answer
+        question = f"What does the _ stand for? {row['sentence']}"
+        yield twins, question, [row["option1"], row["option2"]], int(row["answer"]) - 1
 
 
 def arc(level: str, download: Download, split: str) -> Rows:
@@ -73,7 +78,8 @@ def obqa(download: Download, split: str) -> Rows:
 def _lettered(download: Download, name: str) -> Rows:
     for row in download.jsonl(name):
         choices, labels = zip(*((choice["text"], choice["label"]) for choice in row["question"]["choices"]))
-        yield row["question"]["stem"], list(choices), labels.index(row["answerKey"])
+        stem = row["question"]["stem"]
+        yield stem, stem, list(choices), labels.index(row["answerKey"])
 
 
 SETS: dict[str, Callable[[Download, str], Rows]] = {
@@ -87,8 +93,8 @@ def samples(download: Download, split: str) -> Iterator[dict]:
     name, _, split = split.rpartition("-")
     rows = SETS[name](download, split)
     if name not in OFFICIAL:
-        rows = held_out(rows, split, HELD_OUT)
-    for number, (question, choices, answer) in enumerate(rows):
+        rows = held_out(rows, split, HELD_OUT, text=lambda row: row[0])
+    for number, (_, question, choices, answer) in enumerate(rows):
         if len(set(choices)) < len(choices):
             download.left_out["questions with a choice twice"] += 1
             continue

@@ -28,14 +28,16 @@ def texts(values: Iterable[str]) -> list[str]:
     return [text for value in values if (text := value.strip())]
 
 
-def held_out(rows: Iterable[Any], split: str, most: int) -> list[Any]:
-    """Of training rows "valid" is every tenth, or fewer where that is more than `most`, and "train" the others; "test"
-    is all of its own. Some sets are ordered by where they come from."""
+def held_out(rows: Iterable[Any], split: str, most: int, text: Callable[[Any], Any]) -> list[Any]:
+    """Of training rows "valid" is every tenth, or fewer where that is more than about `most`, and "train" the others;
+    "test" is all of its own. Some sets are ordered by where they come from. Rows about the same `text` stay together.
+    """
     rows = list(rows)
     if split == "test":
         return rows
     step = max(10, -(-len(rows) // most))
-    return [row for i, row in enumerate(rows) if (i % step == step - 1) == (split == "valid")]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(map(text, rows)))}
+    return [row for row in rows if (numbers[text(row)] % step == step - 1) == (split == "valid")]
 
 
 def karpathy_captions(download: Download, name: str, splits: Sequence[str], tasks: Sequence[str]) -> Iterator[dict]:
@@ -95,7 +97,7 @@ def argument_parser(doc: str, name: str, splits: Iterable[str] = (),
 def add_origin(parser: argparse.ArgumentParser) -> None:
     """Options for data whose origin the script cannot know."""
     parser.add_argument("--source", default="", help="where the data comes from, for the manifest")
-    parser.add_argument("--licence", default="", help="the data's licence, for the manifest")
+    parser.add_argument("--licence", "--license", default="", help="the data's licence, for the manifest")
 
 
 def positive_int(text: str) -> int:

@@ -65,6 +65,14 @@ def test_help_tells_of_the_command_and_the_licence(name, run):
 # --- what the sets have of their own ----------------------------------------------------------------------------------
 
 
+def test_coco_s_training_can_leave_out_the_pictures_of_val2014(tmp_path, run):
+    files, _, _ = SETS["coco_captions"]()
+    code, _, error = run("coco_captions_to_shards", build(tmp_path / "download", files), tmp_path / "out",
+                         "--no-restval", "--split", "train", "--tasks", "captioning")
+    assert code == 0, error
+    assert [fields["image_id"] for fields, _ in read(tmp_path / "out", "coco-train")] == ["coco/9"]
+
+
 @pytest.mark.parametrize("name", ["coco", "flickr30k"])
 def test_caption_tasks_and_splits_can_be_chosen(name, tmp_path, run):
     files, expected, _ = SETS["coco_captions" if name == "coco" else name]()

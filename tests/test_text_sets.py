@@ -1,12 +1,13 @@
 """Sets of texts alone: what their converters write, and a model that answers them."""
 
 import json
+import re
 
 import pytest
 
 from tests.downloads import build, lines, read
 
-ROWS = range(12)  # of each training set: the last tenth, one row, is held out
+ROWS = range(20)  # of each training set: two are held out, of BoolQ and WinoGrande two about the same
 
 
 def tsv(header, *rows):
@@ -24,8 +25,8 @@ def commonsense():
                            "answerC": "rain"}
     files = {}
     for part, rows in (("train", ROWS), ("val", [7])):
-        files[f"BoolQ/{part}.jsonl"] = lines({"question": f"is {i} odd", "passage": "Odd it is.", "label": i % 2 == 1,
-                                              "idx": i} for i in rows)
+        files[f"BoolQ/{part}.jsonl"] = lines({"question": f"is {i} odd", "passage": f"Odd {i // 2}.",
+                                              "label": i % 2 == 1, "idx": i} for i in rows)
         files[f"hellaswag_{part}.jsonl"] = lines(
             {"ind": i, "activity_label": "Baking", "ctx_a": "A", "ctx_b": "B", "ctx": f"He bakes {i}", "label": 2,
              "endings": ["and", "or", "not", "so"], "split": part, "source_id": "x"} for i in rows)
@@ -36,15 +37,15 @@ def commonsense():
         files[f"socialiqa-train-dev/{part}-labels.lst"] = "3\n" * len(rows)
     for part, rows in (("train_xl", ROWS), ("dev", [3])):
         files[f"winogrande_1.1/{part}.jsonl"] = lines(
-            {"qID": f"3{i}", "sentence": f"Ann saw Bea, since _ was {i}.", "option1": "Ann", "option2": "Bea",
-             "answer": "2"} for i in rows)
+            {"qID": f"3{i // 2}-{1 + i % 2}", "sentence": f"Ann saw Bea, since _ was {i}.", "option1": "Ann",
+             "option2": "Bea", "answer": "2"} for i in rows)
     for level in ("Easy", "Challenge"):
         for part in ("Train", "Dev", "Test"):
             files[f"ARC-{level}/ARC-{level}-{part}.jsonl"] = lines([arc(f"{level}{part}")])
     for part in ("train", "dev", "test"):
         files[f"OpenBookQA-V1-Sep2018/Data/Main/{part}.jsonl"] = lines([obqa(part)])
     tests = {
-        "boolq": ("Odd it is.\nQuestion: is 7 odd?", ["no", "yes"], 1),
+        "boolq": ("Odd 3.\nQuestion: is 7 odd?", ["no", "yes"], 1),
         "piqa": ("How would you do this? Open jar 3", ["twist", "hit"], 1),
         "siqa": ("Al ran 3. Why?", ["fun", "fear", "rain"], 2),
         "hellaswag": ("How does this go on? Baking: He bakes 7", ["and", "or", "not", "so"], 2),
@@ -100,8 +101,10 @@ def test_commonsense(tmp_path, run):
         assert (fields["task"], fields["question"], fields["choices"], fields["answer"]) == (
             name, question, choices, answer)
         train, valid = (read(tmp_path / "out", f"commonsense-{name}-{part}") for part in ("train", "valid"))
-        assert (len(train), len(valid)) == ((1, 1) if name in ("arc-e", "arc-c", "obqa") else (11, 1))
+        assert (len(train), len(valid)) == ((1, 1) if name in ("arc-e", "arc-c", "obqa") else (18, 2))
         assert len({fields["question_id"] for fields, _ in [*train, *valid]}) == len(train) + len(valid)
+        if name in ("boolq", "winogrande"):  # the last two, about the same
+            assert [re.search(r"(\d+)( odd\?|\.)$", fields["question"])[1] for fields, _ in valid] == ["18", "19"]
 
 
 def test_glue(tmp_path, run):
@@ -115,7 +118,7 @@ def test_glue(tmp_path, run):
             name.partition("-")[0], question, choices, answer)
     (fields, _), = read(tmp_path / "out", "glue-stsb-test")
     assert (fields["text"], fields["text_pair"], fields["label"], fields["score"]) == ("A 3.", "B.", "4", 3.8)
-    assert len(read(tmp_path / "out", "glue-rte-train")) == 11
+    assert len(read(tmp_path / "out", "glue-rte-train")) == 18
     for name, splits in (("mnli", 2), ("qqp", 2)):  # of train and test, where valid has none
         assert told.count(f"left out: 1 rows of {name} without one of its labels\n") == splits
 
