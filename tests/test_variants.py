@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vl_mtl_lora import TaskRouter, UserError, build_model, load_run
+from vl_mtl_lora.anatomy import transform_distance
 from vl_mtl_lora.export import export
 from vl_mtl_lora.layer import MTLLoRALinear
 from vl_mtl_lora.lora import METHODS, adapter_parameters
@@ -77,14 +78,20 @@ def expected(name, layer, base, x):
 def test_the_factors_of_multi_lora_start_as_linear_layers_do(made):
     layer, _, _ = made("multi_lora", splits=3, fresh=True)
     for part, like in ((layer.down, nn.Linear(10, RANK)), (layer.up, nn.Linear(RANK, 12))):
-        bound = like.weight.abs().max()  # of so few still near the bound
-        assert 0.9 * bound < part.abs().max() < 1.1 * bound
-        assert float(part.abs().mean()) == pytest.approx(float(bound) / 2, rel=0.2)
+        bound = like.weight.detach().abs().max()  # of so few still near the bound
+        assert 0.9 * bound < part.detach().abs().max() < 1.1 * bound
+        assert float(part.detach().abs().mean()) == pytest.approx(float(bound) / 2, rel=0.2)
 
 
 def test_the_experts_of_moe_lora_start_small(made):
     layer, _, _ = made("moe_lora", splits=3, fresh=True)
-    assert float(layer.down.std()) == pytest.approx(0.01, rel=0.2)
+    assert float(layer.down.detach().std()) == pytest.approx(0.01, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["own", "multi_lora", "moe_lora", "hydra"])
+def test_what_has_no_lambda_is_at_no_distance_from_the_identity(made, name):
+    layer, _, _ = made(name, fresh=True)
+    assert transform_distance(layer).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["lora", "own", "hydra", "multi_lora", "moe_lora"])

@@ -75,8 +75,11 @@ def anatomy(model: MultiTaskModel) -> Anatomy:
 
 
 def transform_distance(layer: MTLLoRALinear) -> Tensor:
-    """||Lambda_t - I||_F / ||I||_F, root of the mean square over slices, full and diagonal alike, (T,)."""
+    """||Lambda_t - I||_F / ||I||_F, root of the mean square over slices, full and diagonal alike, (T,); 0 of layers
+    that have none."""
     matrix = layer.factors()[1].detach().double()
+    if matrix.shape[-1] != layer.rank:  # what weighs or chooses among several LoRAs
+        return matrix.new_zeros(matrix.shape[1])
     if matrix.dim() == 3:
         matrix = torch.diag_embed(matrix)  # (S, T, R, R)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)

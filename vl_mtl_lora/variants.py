@@ -49,6 +49,7 @@ class MoELoRALinear(MTLLoRALinear):
         self.down = nn.Parameter(torch.empty(slices, num_up * self.rank, self.in_features, **like).normal_(std=0.01))
         self.up = nn.Parameter(torch.zeros(slices, 1, num_up * self.rank, columns, **like))
         self.mix = kaiming(torch.empty(slices, tasks, num_up, **like))
+        self.temperature = 1.0
         self.register_buffer("one", torch.zeros(slices, tasks, 1, **like), persistent=False)  # softmax of one logit
 
     @staticmethod
@@ -56,7 +57,7 @@ class MoELoRALinear(MTLLoRALinear):
         return {"down": (num_up * rank,), "up": (1, num_up * rank), "mix": (tasks, num_up)}
 
     def factors(self):
-        gate = mixture(self.mix, 1.0, 1.0).repeat_interleave(self.rank, -1)
+        gate = mixture(self.mix, self.temperature, 1.0).repeat_interleave(self.rank, -1)
         return self.down, gate.to(self.down.dtype), self.up, self.one
 
 
