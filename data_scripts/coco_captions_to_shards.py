@@ -20,13 +20,13 @@ from download import Download
 SOURCE = "COCO captions, Karpathy's splits, https://cocodataset.org"
 LICENCE = "annotations CC BY 4.0; pictures: Flickr terms of use"
 ORIGIN = "caption_datasets.zip of https://cs.stanford.edu/people/karpathy/deepimagesent/"
-SPLITS = {"train": ["train"], "valid": ["val"], "test": ["test"]}
+SPLITS = {"train": "train", "valid": "val", "test": "test"}
 TASKS = ("retrieval", "captioning")
 
 
 def samples(download: Download, tasks: Sequence[str], restval: bool, split: str) -> Iterator[dict]:
     more = ["restval"] if restval and split == "train" else []
-    return karpathy_captions(download, "coco", [*SPLITS[split], *more], tasks)
+    return karpathy_captions(download, "coco", [SPLITS[split], *more], tasks)
 
 
 @command

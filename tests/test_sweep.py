@@ -17,7 +17,7 @@ from vl_mtl_lora import sweep_run
 from vl_mtl_lora.config import dump_config, load_config
 from vl_mtl_lora.errors import Diverged, UserError
 from vl_mtl_lora.model import build_model
-from vl_mtl_lora.sweep import _best_rates, _UnderWay, read_records, sweep
+from vl_mtl_lora.sweep import _UnderWay, best_rates, read_records, sweep
 from vl_mtl_lora.sweep_plan import load_sweep, sweep_runs
 from vl_mtl_lora.sweep_report import compared, findings, interval_of_mean, outcome, write_report
 
@@ -392,7 +392,7 @@ def test_the_readme_s_results_are_made_of_the_recorded_runs(name, tmp_path):
             for run in sweep_runs(config, method, budget, rate, config.seeds, "test"):
                 assert known[run.name]["digest"] == run.digest  # nothing has changed since
                 assert known[run.name]["parameters"] == run.parameters
-    rates = _best_rates(config, [r for r in known.values() if r["split"] == "valid"])
+    rates = best_rates(config, [r for r in known.values() if r["split"] == "valid"])
     assert all(r["lr"] == rates[r["method"], r["budget"]] for r in tested)
     report = write_report(config, tested, tmp_path)
     assert report == (SWEEPS / "results" / name / "report.md").read_text()

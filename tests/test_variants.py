@@ -88,6 +88,18 @@ def test_the_experts_of_moe_lora_start_small(made):
     assert float(layer.down.detach().std()) == pytest.approx(0.01, rel=0.2)
 
 
+def test_dora_s_lengths_are_not_rounded_to_a_half_precision_base():
+    base = nn.Linear(10, 12, bias=False).bfloat16()
+    layer = METHODS["dora"](base, TaskRouter(["a"]), tower="image", rank=RANK, alpha=ALPHA, num_tasks=1)
+    with torch.no_grad():
+        layer.magnitude *= 1.003  # 1 in bfloat16
+    x = torch.randn(64, 10).bfloat16()
+    with layer.router.use("a"):
+        y = layer(x)
+    torch.testing.assert_close(y, (base(x).float() * 1.003).bfloat16(), rtol=0, atol=0)
+    assert not torch.equal(y, base(x))
+
+
 @pytest.mark.parametrize("name", ["own", "multi_lora", "moe_lora", "hydra"])
 def test_what_has_no_lambda_is_at_no_distance_from_the_identity(made, name):
     layer, _, _ = made(name, fresh=True)

@@ -40,7 +40,7 @@ def sweep(config: SweepConfig) -> list[dict]:
         if config.tuned:
             trials = [run for setting in settings for lr in config.lr.values
                       for run in sweep_runs(config, *setting, lr, [config.lr.seed], "valid")]
-            best = _best_rates(config, _records(config, trials, "tuning"))
+            best = best_rates(config, _records(config, trials, "tuning"))
             rates = {setting: [best[setting]] for setting in settings}
         runs = [run for seed in config.seeds for setting in settings for lr in rates[setting]
                 for run in sweep_runs(config, *setting, lr, [seed], "test")]
@@ -51,7 +51,7 @@ def sweep(config: SweepConfig) -> list[dict]:
     return records
 
 
-def _best_rates(config: SweepConfig, records: Sequence[Mapping]) -> dict[tuple[str, str], float]:
+def best_rates(config: SweepConfig, records: Sequence[Mapping]) -> dict[tuple[str, str], float]:
     """(method, budget) -> the learning rate with the best score on the valid split, among those with which no training
     diverged."""
     diverged = {(record["method"], record["budget"], record["lr"]) for record in records if "diverged" in record}
