@@ -14,7 +14,7 @@ from tests.conftest import COLOURS
 from tests.test_open_clip import randomize
 from vl_mtl_lora import AdapterConfig, TaskRouter, UserError, build_model, inject, load_backbone, load_run, parse_config
 from vl_mtl_lora.backbones.generation import pad_ids
-from vl_mtl_lora.backbones.hf_chat import expand
+from vl_mtl_lora.backbones.hf_chat_text import expand
 from vl_mtl_lora.flops import batch_flops, launches
 from vl_mtl_lora.inspection import inspect
 from vl_mtl_lora.model import check_gradients, checkpoint_blocks, example_batch

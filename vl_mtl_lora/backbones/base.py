@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from vl_mtl_lora.attention import KeyValueCache
 from vl_mtl_lora.backbones.generation import generate
-from vl_mtl_lora.data.pictures import to_rgb
+from vl_mtl_lora.data.pictures import Preprocess, scaling
 from vl_mtl_lora.errors import UserError
 
 Size = Annotated[int, Field(ge=1, le=4096)]  # of a picture or a grid: another's config may ask for all memory
@@ -139,7 +139,7 @@ class Backbone(nn.Module):
         Raises:
             UserError: an unknown augmentation option.
         """
-        return _Preprocess(self.transform(train, **augmentation))
+        return Preprocess(self.transform(train, **augmentation))
 
     def loader_preprocess(self, augmentations: Sequence[Mapping[str, Any] | None]
                           ) -> list[Callable[[Image.Image], Any]]:
@@ -152,18 +152,18 @@ class Backbone(nn.Module):
         augmentations: of each kind of picture the options of its augmentation, None for none at all.
         """
         found = [self.transform(options is not None, **(options or {})) for options in augmentations]
-        scalings = [_scaling(transform) for transform in found]
-        own = _scaling(self.transform(False)) if self.takes_bytes else None
+        scalings = [scaling(transform) for transform in found]
+        own = scaling(self.transform(False)) if self.takes_bytes else None
         if own is not None and all(scaling is not None and torch.equal(scaling, own) for scaling in scalings):
             found = [transforms.Compose([*each.transforms[:-2], transforms.PILToTensor()]) for each in found]
-        return [_Preprocess(transform) for transform in found]
+        return [Preprocess(transform) for transform in found]
 
     def scaled(self, images: Tensor) -> Tensor:
         """A batch of pictures as bytes -> floats as `preprocess` gives them; floats stay as they are."""
         if images.dtype != torch.uint8:
             return images
         if self._scaling is None:
-            self._scaling = _scaling(self.transform(False)).view(2, 1, -1, 1, 1)
+            self._scaling = scaling(self.transform(False)).view(2, 1, -1, 1, 1)
         mean, std = self._scaling.to(images.device)
         return images.float().div_(255).sub_(mean).div_(std)
 
@@ -329,21 +329,3 @@ def unit(x: Tensor) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """In float32, or in float64 where it is so already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _scaling(transform: Any) -> Tensor | None:
-    """(2, 3): mean and deviation of a transform that ends with ToTensor and Normalize, None of another one."""
-    *_, to_tensor, normalize = [None, None, *getattr(transform, "transforms", ())]
-    if isinstance(to_tensor, transforms.ToTensor) and isinstance(normalize, transforms.Normalize):
-        return torch.stack([torch.as_tensor(normalize.mean), torch.as_tensor(normalize.std)])
-    return None
-
-
-class _Preprocess:
-    """A picture made upright and RGB, then transformed; a class, since loader processes need it pickled."""
-
-    def __init__(self, transform: Callable[[Image.Image], Any]):
-        self.transform = transform
-
-    def __call__(self, image: Image.Image) -> Any:
-        return self.transform(to_rgb(image))

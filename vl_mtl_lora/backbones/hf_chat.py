@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vl_mtl_lora.backbones.base import Backbone, Place, unit
 from vl_mtl_lora.backbones.generation import build_sampler, pad_ids
-from vl_mtl_lora.backbones.hf_chat_text import ChatText
+from vl_mtl_lora.backbones.hf_chat_text import ChatText, expand
 from vl_mtl_lora.backbones.hf_images import Pictures, PictureTransform
 from vl_mtl_lora.backbones.roles import outermost_stack, tower_places
 from vl_mtl_lora.errors import UserError
@@ -307,27 +307,6 @@ class HFChat(Backbone):
     def blocks(self):
         _, vision, language = self._parts()
         return [*outermost_stack(vision), *outermost_stack(language)]
-
-
-def expand(rows: Sequence[Sequence[int]], placeholder: int, pictures: Sequence[Sequence[int]],
-           counts: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
-    """Every placeholder -> its picture's ids. Returns the rows, and where each token's last id stands in them.
-
-    Raises:
-        ValueError: a row has another number of placeholders than `counts` says it has pictures.
-    """
-    left = iter(pictures)
-    expanded, ends = [], []
-    for row, count in zip(rows, counts):
-        if (got := row.count(placeholder)) != count:
-            raise ValueError(f"a text has {got} placeholders for its {count} pictures")
-        out, last = [], []
-        for token in row:
-            out += next(left) if token == placeholder else [token]
-            last.append(len(out) - 1)
-        expanded.append(out)
-        ends.append(last)
-    return expanded, ends
 
 
 def _per_row(sizes: Sequence[int], counts: Sequence[int]) -> list[int]:

@@ -1,4 +1,5 @@
-"""The `TextCodec` of a chat model: every prompt goes through the model's own chat template."""
+"""The `TextCodec` of a chat model: every prompt goes through the model's own chat template, and its placeholders become
+the ids of pictures."""
 
 from collections.abc import Sequence
 
@@ -113,3 +114,24 @@ class ChatText:
         if self.eos_id in ids:
             ids = ids[:ids.index(self.eos_id)]
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def expand(rows: Sequence[Sequence[int]], placeholder: int, pictures: Sequence[Sequence[int]],
+           counts: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+    """Every placeholder -> its picture's ids. Returns the rows, and where each token's last id stands in them.
+
+    Raises:
+        ValueError: a row has another number of placeholders than `counts` says it has pictures.
+    """
+    left = iter(pictures)
+    expanded, ends = [], []
+    for row, count in zip(rows, counts):
+        if (got := row.count(placeholder)) != count:
+            raise ValueError(f"a text has {got} placeholders for its {count} pictures")
+        out, last = [], []
+        for token in row:
+            out += next(left) if token == placeholder else [token]
+            last.append(len(out) - 1)
+        expanded.append(out)
+        ends.append(last)
+    return expanded, ends

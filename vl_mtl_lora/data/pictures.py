@@ -1,4 +1,5 @@
-"""Any picture that occurs in real data -> an upright RGB image: modes and orientation are handled here alone."""
+"""Any picture that occurs in real data -> an upright RGB image, and what a transform makes of it: modes and orientation
+are handled here alone."""
 
 import io
 from collections.abc import Callable
@@ -6,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
+from torchvision import transforms
 
 from vl_mtl_lora.errors import BadSample
 
@@ -61,3 +63,21 @@ def output_side(transform: Callable[[Image.Image], Any]) -> int | None:
         outputs = [transform(Image.new("RGB", size)) for size in ((640, 480), (200, 300))]
     fixed = all(isinstance(out, torch.Tensor) and out.shape == outputs[0].shape for out in outputs)
     return max(outputs[0].shape[-2:]) if fixed else None
+
+
+def scaling(transform: Any) -> torch.Tensor | None:
+    """(2, 3): mean and deviation of a transform that ends with ToTensor and Normalize, None of another one."""
+    *_, to_tensor, normalize = [None, None, *getattr(transform, "transforms", ())]
+    if isinstance(to_tensor, transforms.ToTensor) and isinstance(normalize, transforms.Normalize):
+        return torch.stack([torch.as_tensor(normalize.mean), torch.as_tensor(normalize.std)])
+    return None
+
+
+class Preprocess:
+    """A picture made upright and RGB, then transformed; a class, since loader processes need it pickled."""
+
+    def __init__(self, transform: Callable[[Image.Image], Any]):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> Any:
+        return self.transform(to_rgb(image))
